@@ -1,0 +1,246 @@
+"""The policy artifact: one `.safetensors` file, loaded without pickle and served with numpy.
+
+Two separate networks (policy 64-128-128-6, value 64-128-128-1, ReLU) and the frozen normaliser,
+with a metadata block that says what the policy was trained on. Inference always runs in blocks of
+8 rows (padded), so a decision does not depend on how many neighbours it had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from rlv3.errors import PolicyError
+from rlv3.events import ACTION_TABLE
+from rlv3.features import FEATURE_SET, N_FEATURES, OBS_DIM, Normaliser, feature_digest
+
+ARTIFACT_VERSION = 1
+BLOCK = 8
+N_ACTIONS = len(ACTION_TABLE)
+_LAYERS = ("0", "2", "4")
+_NETS = ("policy", "value")
+_METADATA_KEYS = (
+    "artifact_version", "feature_set", "feature_digest", "action_table", "mask_rule",
+    "step_seconds", "network", "training", "quantiles", "tensors_sha256",
+)  # fmt: skip
+
+
+def shipped_policy() -> Path:
+    """Return the path of the trained artifact inside the package."""
+    return Path(__file__).parent / "data" / "policy.safetensors"
+
+
+def tensors_sha256(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """Hash names, shapes and bytes of all tensors, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name}{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+class Policy:
+    """A loaded artifact: masked probabilities, value and digest.
+
+    Attributes:
+        digest: sha256 of the artifact's bytes; identifies the policy on every decision.
+        metadata: the artifact's metadata block.
+        normaliser: frozen feature statistics.
+        source: the artifact's bytes.
+    """
+
+    def __init__(self, source: bytes, origin: str = "artifact") -> None:
+        metadata, tensors = _read(source, origin)
+        self.source = source
+        self.digest = hashlib.sha256(source).hexdigest()
+        self.metadata = metadata
+        self.step_seconds = int(metadata["step_seconds"])
+        self.trained_steps = int(metadata["training"].get("steps", 0))
+        self.normaliser = Normaliser(
+            tensors["normaliser.mean"].astype(np.float64),
+            tensors["normaliser.scale"].astype(np.float64),
+        )
+        self._nets = [
+            [
+                (
+                    np.ascontiguousarray(tensors[f"{net}.{layer}.weight"].T),
+                    tensors[f"{net}.{layer}.bias"],
+                )
+                for layer in _LAYERS
+            ]
+            for net in _NETS
+        ]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Policy:
+        """Read an artifact from a file.
+
+        Raises:
+            PolicyError: the file is missing, truncated, or does not fit this program.
+        """
+        try:
+            source = Path(path).read_bytes()
+        except OSError as error:
+            reason = error.strerror or error
+            raise PolicyError(f"policy file {path} cannot be read: {reason}") from error
+        return cls(source, str(path))
+
+    def logits_and_values(
+        self, obs: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return logits float32[N, 6] and values float32[N] for observations float32[N, 64]."""
+        n = len(obs)
+        logits = np.empty((n, N_ACTIONS), dtype=np.float32)
+        values = np.empty(n, dtype=np.float32)
+        block = np.zeros((BLOCK, OBS_DIM), dtype=np.float32)
+        for start in range(0, n, BLOCK):
+            size = min(BLOCK, n - start)
+            block[:size] = obs[start : start + size]
+            block[size:] = 0.0
+            logits[start : start + size] = _forward(self._nets[0], block)[:size]
+            values[start : start + size] = _forward(self._nets[1], block)[:size, 0]
+        return logits, values
+
+    def decide(
+        self, obs: NDArray[np.float32], masks: Sequence[Sequence[bool]]
+    ) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.float32]]:
+        """Return the most probable valid action (lowest index on ties), probabilities, values.
+
+        Args:
+            obs: float32[N, 64].
+            masks: bool[N, 6], True where the action is valid; at least one per row.
+        Returns:
+            actions int[N], probabilities float64[N, 6] (0 where masked), values float32[N].
+        """
+        logits, values = self.logits_and_values(obs)
+        valid = np.asarray(masks, dtype=bool)
+        masked = np.where(valid, logits.astype(np.float64), -np.inf)
+        shifted = np.exp(masked - masked.max(axis=1, keepdims=True))
+        probs = shifted / shifted.sum(axis=1, keepdims=True)
+        return masked.argmax(axis=1), probs, values
+
+
+def _forward(
+    layers: list[tuple[NDArray[np.float32], NDArray[np.float32]]], x: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    last = len(layers) - 1
+    for i, (weight, bias) in enumerate(layers):
+        x = x @ weight  # (8, 64) -> (8, 128) -> (8, 128) -> (8, 6 or 1)
+        x += bias
+        if i < last:
+            np.maximum(x, 0.0, out=x)
+    return x
+
+
+def build_artifact(
+    tensors: Mapping[str, NDArray[np.float32]],
+    normaliser: Normaliser,
+    *,
+    training: Mapping[str, Any],
+    quantiles: Mapping[str, Sequence[float]],
+    mask_rule: str,
+    step_seconds: int,
+) -> bytes:
+    """Return the artifact's bytes; the same arguments give the same bytes.
+
+    Args:
+        tensors: `policy.{0,2,4}.{weight,bias}` and `value.…`, as torch's state dict names them.
+        training: steps, seed, reward, data fingerprint and end time, config.
+        quantiles: per feature name, the training quantiles (see `evaluation`).
+        mask_rule: "design" with action masks, "none" without.
+    """
+    full: dict[str, NDArray[Any]] = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+    full["normaliser.mean"] = np.ascontiguousarray(normaliser.mean, dtype=np.float64)
+    full["normaliser.scale"] = np.ascontiguousarray(normaliser.scale, dtype=np.float64)
+    sizes = [int(full["policy.0.weight"].shape[1])]
+    sizes += [int(full[f"policy.{layer}.weight"].shape[0]) for layer in _LAYERS]
+    metadata = {
+        "artifact_version": ARTIFACT_VERSION,
+        "feature_set": FEATURE_SET,
+        "feature_digest": feature_digest(),
+        "action_table": list(ACTION_TABLE),
+        "mask_rule": mask_rule,
+        "step_seconds": step_seconds,
+        "network": sizes,
+        "training": dict(training),
+        "quantiles": {k: list(v) for k, v in quantiles.items()},
+        "tensors_sha256": tensors_sha256(full),
+    }
+    # one metadata key: safetensors does not fix the order of several
+    block = {"rlv3": json.dumps(metadata, sort_keys=True)}
+    return save_tensors(full, metadata=block)
+
+
+def save_artifact(source: bytes, path: str | Path) -> None:
+    """Write an artifact atomically: temporary file beside the target, fsync, rename."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(source)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _read(source: bytes, origin: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Check an artifact against this program; raise PolicyError naming what differs."""
+    try:
+        tensors = load_tensors(source)
+        size = int.from_bytes(source[:8], "little")
+        header = json.loads(source[8 : 8 + size])
+        metadata = json.loads(header["__metadata__"]["rlv3"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise PolicyError(
+            f"{origin} is not a policy artifact: expected a safetensors file with an rlv3 "
+            f"metadata block, found {type(error).__name__}: {error}"
+        ) from error
+    gone = [key for key in _METADATA_KEYS if key not in metadata]
+    if gone:
+        raise PolicyError(f"{origin}: expected metadata {', '.join(gone)}, found none")
+    for key, expected in (
+        ("artifact_version", ARTIFACT_VERSION),
+        ("action_table", list(ACTION_TABLE)),
+        ("feature_digest", feature_digest()),
+    ):
+        if metadata[key] != expected:
+            raise PolicyError(f"{origin}: expected {key} {expected}, found {metadata[key]}")
+    sizes = metadata["network"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "normaliser.mean": (N_FEATURES,),
+        "normaliser.scale": (N_FEATURES,),
+    }
+    for net, head in (("policy", N_ACTIONS), ("value", 1)):
+        widths = [OBS_DIM, *sizes[1:-1], head]
+        for layer, fan_in, fan_out in zip(_LAYERS, widths, widths[1:], strict=False):
+            shapes[f"{net}.{layer}.weight"] = (fan_out, fan_in)
+            shapes[f"{net}.{layer}.bias"] = (fan_out,)
+    for name, shape in shapes.items():
+        found = tensors[name].shape if name in tensors else "nothing"
+        if found != shape:
+            raise PolicyError(f"{origin}: expected tensor {name} of shape {shape}, found {found}")
+    if not all(np.isfinite(array).all() for array in tensors.values()):
+        raise PolicyError(f"{origin}: expected finite tensors, found NaN or infinity")
+    found_sha = tensors_sha256(tensors)
+    if metadata["tensors_sha256"] != found_sha:
+        raise PolicyError(
+            f"{origin}: expected tensors with sha256 {metadata['tensors_sha256']}, found {found_sha}"
+        )
+    return metadata, tensors

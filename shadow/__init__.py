@@ -1,0 +1,1 @@
+"""v2 against v3: decode, fold, pair, account, store, report. No Redis, no torch."""

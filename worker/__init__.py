@@ -1,0 +1,1 @@
+"""The shell: Redis, clock, signals, processes."""

@@ -1,0 +1,84 @@
+"""Names of streams and keys under a prefix. The only place that spells them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+INPUTS: tuple[str, ...] = (
+    "market.tick",
+    "signal.generated",
+    "ai.signal_generated",
+    "rl_v2.decision",
+    "market.klines",
+    "trade.closed",
+    "position.closed",
+)
+"""Default input streams in rank order: entries with equal ids are folded in this order."""
+
+OPTIONAL_INPUTS: tuple[str, ...] = (
+    "ai.decision.made",
+    "trade.intent",
+    "sizing.decided",
+    "strategy.selected",
+    "exchange.normalized",
+    "rl.decision",
+    "custom",
+)
+"""More streams that `--inputs` may add; their rank follows the default ones."""
+
+
+class Keys(NamedTuple):
+    """All key names of one installation."""
+
+    prefix: str = "quantum"
+
+    def stream(self, event_type: str) -> str:
+        """Key of an EventBus v2 stream."""
+        return f"{self.prefix}:stream:{event_type}"
+
+    def dlq(self, event_type: str) -> str:
+        """Key of our dead letters about an input stream."""
+        return f"{self.prefix}:dlq:{event_type}"
+
+    @property
+    def decisions(self) -> str:
+        """Our decision stream."""
+        return self.stream("rl_v3.decision")
+
+    @property
+    def comparisons(self) -> str:
+        """Our comparison stream."""
+        return self.stream("rl_v3.comparison")
+
+    @property
+    def own(self) -> str:
+        """Prefix of everything else that is ours."""
+        return f"{self.prefix}:rl_v3_shadow:"
+
+    @property
+    def meta(self) -> str:
+        """Hash: epoch, cursors, counters, policy digest in force."""
+        return self.own + "meta"
+
+    @property
+    def symbols(self) -> str:
+        """Set of symbols that have a state hash."""
+        return self.own + "symbols"
+
+    def state(self, symbol: str) -> str:
+        """Hash of a symbol's state cells; "" is the pipeline's own state."""
+        return self.own + "state:" + symbol
+
+    def artifact(self, digest: str) -> str:
+        """Bytes of a policy artifact."""
+        return self.own + "artifact:" + digest
+
+    @property
+    def collected(self) -> str:
+        """Hash: stream key -> id up to which the collector's store is durable."""
+        return self.own + "collected"
+
+    @property
+    def heartbeat(self) -> str:
+        """Liveness key of production's convention."""
+        return f"{self.prefix}:svc:rl_v3_shadow:heartbeat"
