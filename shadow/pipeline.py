@@ -1,0 +1,1000 @@
+"""The fold: raw entries in, decisions, comparisons and changed state out. No I/O, no clock.
+
+Steps 2 to 9 of a tick's path, in the order in which they happen:
+
+    decode -> market.update -> arms.mark -> observe -> policy -> decide -> pair, compare -> encode
+
+Results depend on the entries and their order only, never on where a batch was cut. To make that
+true although inference is batched: a step or signal is decided at once, advisory decisions on ticks
+may wait until the end of the batch because nothing else depends on them, and outputs keep the place
+of the entry that caused them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, assert_never
+
+import msgspec
+
+from rlv3.events import (
+    ACTION_TABLE,
+    Action,
+    BaseDecision,
+    EntryRef,
+    Ignored,
+    Kline,
+    Outcome,
+    ReferencePrice,
+    Rejected,
+    Signal,
+    Tick,
+    V2Decision,
+)
+from rlv3.features import FEATURE_SET, N_FEATURES, feature_digest, regime_of
+from rlv3.policy import Policy
+from rlv3.portfolio import DEFAULT_COSTS, Costs
+from shadow import codec
+from shadow.arms import Arm, Order
+from shadow.mapping import v2_target, v3_direction, v3_target
+from shadow.pairing import BUS, REFERENCE, Candidate, Match, OpenV2, Unmatched
+from shadow.records import (
+    ARMS,
+    BarRow,
+    Commit,
+    Comparison,
+    Decision,
+    Entry,
+    LedgerRow,
+    OutcomeRow,
+    Output,
+    PairRow,
+    RunRow,
+    UnpairedRow,
+    V2Row,
+    decision_id,
+    encode,
+    iso,
+    record_id,
+)
+from shadow.rl_v2 import QTables, V2Reference
+from shadow.symbol import StateError, SymbolState, pack, unpack
+
+MINUTE_US = 60_000_000
+DECISION_BYTES = 1_250  # size taken for a decision that waits for inference
+OUTCOMES = (
+    "decided", "conflated", "consumed", "late", "duplicate", "stale", "priming", "unselected",
+    "dead_letter",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is frozen for a run."""
+
+    initial_balance: float = 10_000.0
+    """Reference capital of every account."""
+    costs: Costs = DEFAULT_COSTS
+    latency_ms: int = 250
+    """Delay from a decision to the first price at which its order may fill."""
+    tau: float = 0.60
+    """Effective confidence from which RL v2 follows a signal."""
+    rl_v2: str = "reference"
+    """reference, bus or off."""
+    tick_sources: frozenset[str] | None = None
+    """Sources whose ticks count; None for all."""
+    max_event_age_s: float | None = 120.0
+    """An event older than this when it was appended is stale; None for never."""
+    pair_window_s: float = 30.0
+    pair_window_ai_s: float = 90.0
+    self_play: bool = False
+    """The v2 arm is v3 again (`backtest --self`)."""
+    max_events: int = 64
+    max_bytes: int = 65_536
+
+    def dump(self) -> dict[str, Any]:
+        """Return plain values for a recording."""
+        values = asdict(self)
+        values["costs"] = self.costs._asdict()
+        values["tick_sources"] = None if self.tick_sources is None else sorted(self.tick_sources)
+        return values
+
+    @classmethod
+    def restore(cls, values: Mapping[str, Any]) -> Settings:
+        """Return the settings of a dump."""
+        sources = values["tick_sources"]
+        return cls(
+            **{
+                **values,
+                "costs": Costs(**values["costs"]),
+                "tick_sources": None if sources is None else frozenset(sources),
+            }
+        )
+
+
+class _Job(NamedTuple):
+    """A decision whose inputs are fixed; only the network's answer is missing."""
+
+    slot: int
+    ref: EntryRef
+    state: SymbolState
+    ts_us: int
+    kind: str
+    signal: bool
+    raw: list[float]
+    missing: int
+    mask: tuple[bool, ...]
+    standing_id: str | None
+    target: float
+    exposure: float
+    price: float
+    prediction: int
+    warm: bool
+
+
+class Pipeline:
+    """All symbols of one worker, folded in one order.
+
+    Args:
+        policy: the artifact that decides.
+        tables: RL v2's Q-tables when `settings.rl_v2` is `reference`.
+        inputs: logical stream names in rank order.
+    """
+
+    def __init__(
+        self, policy: Policy, tables: QTables | None, settings: Settings, inputs: Sequence[str]
+    ) -> None:
+        self.policy = policy
+        self.tables = tables if settings.rl_v2 == "reference" else None
+        self.settings = settings
+        self.inputs = tuple(inputs)
+        self.counts: dict[tuple[str, str], int] = {}
+        self.run_id = ""
+        self.symbols: dict[str, SymbolState] = {}
+        self.decisions = 0
+        self.pairs = 0
+        self._ledger_minute = -1
+        self._own_dirty = False
+        self._streams: dict[str, str] = {}  # logical name -> full key, as read
+        self._interval = f"{policy.step_seconds // 60}m"
+        self._use_masks = policy.metadata["mask_rule"] != "none"
+        self._latency_us = settings.latency_ms * 1_000
+        self._max_age_us = (
+            None if settings.max_event_age_s is None else int(settings.max_event_age_s * 1e6)
+        )
+        self._window_ai_us = int(settings.pair_window_ai_s * 1e6)
+        self._window_us = int(settings.pair_window_s * 1e6)
+        self._feature_version = f"{FEATURE_SET}/{feature_digest()[:12]}"
+        # what the batch in hand has produced
+        self._outputs: list[Output | None] = []
+        self._jobs: list[_Job] = []
+        self._bytes = 0
+        self._changed: set[tuple[str, str]] = set()
+        self._touched: dict[str, SymbolState] = {}
+        self._now_ms = 0.0
+
+    # -- a run's life ----------------------------------------------------------------------------
+
+    def begin(self, cursors: Mapping[str, str]) -> Commit:
+        """Start a run at the given cursors: its identity, and the row that freezes its settings.
+
+        After a change of policy, positions that the former policy opened close at the next price.
+        """
+        swapped = bool(self.run_id)
+        self.run_id = record_id(
+            "run", self.policy.digest, self._tables_digest(), encode(self.settings.dump()),
+            *sorted(cursors.items()),
+        )[:16]  # fmt: skip
+        if swapped:
+            for state in self.symbols.values():
+                state.v3.target = 0.0
+                state.v3.order = Order(0, None, 0.0)
+                state.v2_bus = False
+                state.standing_id = None
+                self._touch(state).arms_dirty = True
+        self._own_dirty = True
+        self._emit(self._run_row(max((_id_us(c) for c in cursors.values()), default=0)))
+        return self._finish({}, 0)
+
+    def _run_row(self, ts_us: int) -> RunRow:
+        settings = self.settings
+        costs = settings.costs
+        return RunRow(
+            record_id=record_id("run", self.run_id),
+            run_id=self.run_id,
+            symbol="",
+            event_ts_us=ts_us,
+            policy_digest=self.policy.digest,
+            feature_digest=feature_digest(),
+            action_table=ACTION_TABLE,
+            training={k: str(v) for k, v in self.policy.metadata["training"].items()},
+            rl_v2="v3" if settings.self_play else settings.rl_v2,
+            tables_digest=self._tables_digest(),
+            settings={
+                "initial_balance": settings.initial_balance,
+                "fee_rate": costs.fee_rate,
+                "entry_fraction": costs.entry_fraction,
+                "min_notional": costs.min_notional,
+                "flatten_cooldown_steps": float(costs.flatten_cooldown_steps),
+                "latency_ms": float(settings.latency_ms),
+                "tau": settings.tau,
+                "step_seconds": float(self.policy.step_seconds),
+            },
+        )
+
+    def _tables_digest(self) -> str | None:
+        return None if self.tables is None else self.tables.digest
+
+    def restore(self, cells: Mapping[str, Mapping[str, bytes]]) -> list[str]:
+        """Continue from stored cells; return the symbols that had to restart cold and flat.
+
+        Args:
+            cells: symbol -> cell name -> bytes; the symbol "" is the pipeline's own.
+        Raises:
+            StateError: the pipeline's own cell is damaged.
+        """
+        damaged = []
+        own = cells.get("", {}).get("own")
+        if own is not None:
+            self.run_id, self._ledger_minute, self.decisions, self.pairs, self._streams = unpack(
+                own
+            )
+        for symbol, stored in cells.items():
+            if not symbol:
+                continue
+            state = self._new_symbol(symbol)
+            try:
+                state.load(stored)
+            except StateError:
+                damaged.append(symbol)
+                state = self._new_symbol(symbol)
+                state.gap = True
+                state.mark_all_dirty()
+                self._touched[symbol] = state
+            self.symbols[symbol] = state
+        if damaged:
+            self._ledger("corrupt_state", self._ledger_minute, tuple(damaged))
+        return damaged
+
+    def warm_up(self, entries: Iterable[Entry]) -> Commit:
+        """Fold history into the market state only: nothing is decided, paired or counted."""
+        for entry in entries:
+            event = codec.decode(entry)
+            if isinstance(event, Kline) and event.interval == self._interval:
+                start = event.bar_end_us - self.policy.step_seconds * 1_000_000
+                ticks = [
+                    _candle_tick(event, start + 1_000, event.open),
+                    _candle_tick(event, start + 2_000, event.high),
+                    _candle_tick(event, start + 3_000, event.low),
+                    _candle_tick(event, event.bar_end_us, event.close, event.volume),
+                ]
+            elif isinstance(event, Tick) and self._selected(event):
+                ticks = [event]
+            else:
+                continue
+            state = self._touch(self._symbol(event.symbol))
+            if ticks[0].ts_us < state.market.last_ts_us:
+                continue
+            for tick in ticks:
+                volume = None if tick.synthetic else tick.volume
+                closed = state.market.on_tick(
+                    tick.ts_us, tick.price, volume, tick.bid, tick.ask, tick.side
+                )
+                if closed is not None and state.reference is not None:
+                    state.reference.observe_close(closed.close)
+        for state in self._touched.values():
+            state.mark_all_dirty()
+            state.regime = regime_of(state.market.closed_raw)
+        return self._finish({}, 0)
+
+    def stop(self) -> Commit:
+        """Return the last ledger row of an orderly stop."""
+        self._ledger("stop", self._ledger_minute, ())
+        return self._finish({}, 0)
+
+    def run(self, entries: Sequence[Entry], *, now_ms: float, conflate: bool = False) -> Commit:
+        """Fold a prefix of the entries, at most one commit's worth.
+
+        Args:
+            entries: raw entries in the defined order.
+            now_ms: wall clock, used for `latency_ms` only.
+            conflate: decide only the newest advisory tick per symbol; the others are counted.
+        """
+        self._now_ms = now_ms
+        cursors: dict[str, str] = {}
+        settings = self.settings
+        taken = 0
+        for entry in entries:
+            if taken >= settings.max_events or self._bytes >= settings.max_bytes:
+                break
+            self._streams.setdefault(entry.event_type, entry.stream)
+            self._fold(entry, conflate)
+            cursors[entry.stream] = entry.entry_id
+            taken += 1
+        self._flush(conflate)
+        return self._finish(cursors, taken)
+
+    # -- one entry -------------------------------------------------------------------------------
+
+    def _fold(self, entry: Entry, conflate: bool) -> None:
+        minute = entry.id_ms // 60_000
+        if minute > self._ledger_minute:
+            if self._ledger_minute >= 0:
+                self._flush(conflate)
+                self._ledger("minute", minute, ())
+            self._ledger_minute = minute
+            self._own_dirty = True
+        event = codec.decode(entry)
+        match event:
+            case Tick():
+                outcome = self._on_tick(event, conflate)
+            case Signal():
+                outcome = self._on_signal(event)
+            case V2Decision():
+                outcome = self._on_v2(event)
+            case Outcome():
+                outcome = self._on_outcome(event)
+            case BaseDecision():
+                outcome = self._on_base(event)
+            case Kline() | ReferencePrice():
+                outcome = "consumed"
+            case Ignored():
+                outcome = event.reason
+            case Rejected():
+                self._add(
+                    Output(
+                        f"dlq:{entry.event_type}",
+                        codec.dead_letter(entry, event, entry.id_ms * 1_000),
+                        event.ref.trace_id,
+                        event.ref.correlation_id,
+                    )
+                )
+                outcome = "dead_letter"
+            case _:
+                assert_never(event)
+        if outcome is not None:
+            self._count(entry.event_type, outcome)
+
+    def _selected(self, tick: Tick) -> bool:
+        sources = self.settings.tick_sources
+        return sources is None or tick.ref.source in sources
+
+    def _stale(self, ref: EntryRef, ts_us: int) -> bool:
+        return self._max_age_us is not None and ref.id_ms * 1_000 - ts_us > self._max_age_us
+
+    def _on_tick(self, tick: Tick, conflate: bool) -> str | None:
+        if not self._selected(tick):
+            return "unselected"
+        state = self._symbol(tick.symbol)
+        market = state.market
+        ts_us, price = tick.ts_us, tick.price
+        stale = self._stale(tick.ref, ts_us)
+        if state.seen(ts_us, price, tick.volume):
+            return "stale" if stale else "duplicate"
+        if ts_us < market.last_ts_us:
+            return "stale" if stale else "late"
+        self._touch(state)
+        state.open_dirty = True
+        if ts_us > state.now_us:
+            self._advance(state, ts_us)
+        state.remember(ts_us, price, tick.volume)
+        closed = market.on_tick(
+            ts_us, price, None if tick.synthetic else tick.volume, tick.bid, tick.ask, tick.side
+        )
+        bar: BarRow | None = None
+        if closed is not None:
+            bar = self._bar_row(state, closed)
+        half_spread = market.half_spread
+        realised = state.v2.account.realised
+        changed = state.v3.on_price(ts_us, price, half_spread)
+        changed = state.v2.on_price(ts_us, price, half_spread) or changed
+        changed = state.follow_signal.on_price(ts_us, price, half_spread) or changed
+        if changed:
+            state.arms_dirty = True
+            self._note_v2_outcome(state, realised)
+        if stale:
+            state.owed = state.owed or closed is not None
+            if bar is not None:
+                self._emit(bar)
+            return "stale"
+        if closed is None and not state.owed:
+            job = self._job(tick.ref, state, ts_us, "advisory", signal=False)
+            if state.pairing.open_v2:
+                self._flush(conflate)
+                self._decide_now(job)
+                return "decided"
+            self._jobs.append(job)
+            self._bytes += DECISION_BYTES
+            return None if conflate else "decided"
+        state.owed = False
+        obs, missing, chosen = self._step(tick.ref, state, ts_us, price, half_spread)
+        if bar is not None:
+            self._emit(
+                msgspec.structs.replace(bar, step_decision_id=chosen, obs=obs, missing_mask=missing)
+            )
+        return "decided"
+
+    def _on_signal(self, signal: Signal) -> str | None:
+        if self._stale(signal.ref, signal.ts_us):
+            return "stale"
+        state = self._touch(self._symbol(signal.symbol))
+        state.open_dirty = state.arms_dirty = True
+        if signal.ts_us > state.now_us:
+            self._advance(state, signal.ts_us)
+        state.last_direction = signal.direction
+        state.last_confidence = signal.confidence
+        if signal.regime is not None:
+            state.bus_regime = signal.regime
+        self._decide_now(self._job(signal.ref, state, signal.ts_us, "advisory", signal=True))
+        settings = self.settings
+        target = signal.direction * settings.costs.entry_fraction
+        self._aim(state, state.follow_signal, target, signal.ts_us)
+        if state.reference is not None and not state.v2_bus and not settings.self_play:
+            self._reference_decides(state, signal)
+        return "decided"
+
+    def _on_base(self, base: BaseDecision) -> str:
+        if base.regime is not None:
+            state = self._touch(self._symbol(base.symbol))
+            state.bus_regime = base.regime
+            state.arms_dirty = True
+        return "consumed"
+
+    def _on_outcome(self, outcome: Outcome) -> str:
+        if outcome.paper:
+            return "consumed"
+        state = self._symbol(outcome.symbol)
+        self._emit(
+            OutcomeRow(
+                record_id=record_id("outcome", outcome.ref.stream, outcome.ref.entry_id),
+                run_id=self.run_id,
+                symbol=outcome.symbol,
+                event_ts_us=outcome.ts_us,
+                closed_side=outcome.closed_side,
+                entry_price=outcome.entry_price,
+                exit_price=outcome.exit_price,
+                pnl_pct=outcome.pnl_pct,
+                pnl_usd=outcome.pnl_usd,
+                reason=outcome.reason,
+                v3_exposure=state.v3.account.exposure,
+                v2_exposure=state.v2.account.exposure,
+                policy_digest=self.policy.digest,
+            )
+        )
+        return "consumed"
+
+    # -- RL v2 -----------------------------------------------------------------------------------
+
+    def _reference_decides(self, state: SymbolState, signal: Signal) -> None:
+        assert state.reference is not None
+        assert self.tables is not None
+        choice = state.reference.decide(signal, abs(state.v2.account.exposure))
+        ref = signal.ref
+        self._v2_row(
+            state,
+            V2Decision(
+                ref=ref,
+                symbol=signal.symbol,
+                ts_us=signal.ts_us,
+                decision_id=record_id("v2", ref.stream, ref.entry_id, self.tables.digest),
+                kind="combined",
+                provenance="local_reference",
+                strategy=choice.strategy,
+                model=choice.model,
+                weight=choice.weight,
+                size_multiplier=choice.size_multiplier,
+                leverage=choice.leverage,
+                signal_direction=signal.direction,
+                signal_confidence=signal.confidence,
+                source_stream=ref.stream,
+                source_entry_id=ref.entry_id,
+                tables_digest=self.tables.digest,
+            ),
+        )
+        state.closed_dirty = True
+
+    def _on_v2(self, v2: V2Decision) -> str:
+        state = self._touch(self._symbol(v2.symbol))
+        state.open_dirty = state.arms_dirty = True
+        self._flush(conflate=False)
+        event_ts = v2.ts_us if v2.event_ts_us is None else v2.event_ts_us
+        if event_ts > state.now_us:
+            self._advance(state, event_ts)
+        if v2.kind == "position_sizing" and v2.size_multiplier is not None:
+            state.v2_multiplier = v2.size_multiplier
+        self._v2_row(state, v2)
+        return "consumed"
+
+    def _v2_row(self, state: SymbolState, v2: V2Decision) -> None:
+        """Map a v2 decision to a target, move its arm if it is the opponent, and pair it."""
+        settings = self.settings
+        local = v2.provenance == "local_reference" and v2.ref.event_type != "rl_v2.decision"
+        base = state.last_direction if v2.signal_direction is None else v2.signal_direction
+        confidence = state.last_confidence if v2.signal_confidence is None else v2.signal_confidence
+        multiplier = state.v2_multiplier if v2.size_multiplier is None else v2.size_multiplier
+        direction: int | None = v2.direction
+        effective, size, assumed = v2.effective_confidence, v2.size_fraction, False
+        if direction is None and v2.weight is not None and base is not None:
+            mapped = v2_target(base, confidence, v2.weight, multiplier, settings.tau)
+            direction, assumed = mapped.direction, mapped.multiplier_assumed
+            effective = mapped.effective_confidence if effective is None else effective
+            size = mapped.size_fraction if size is None else size
+        elif direction is not None and size is None:
+            mapped = v2_target(direction, 1.0, 1.0, multiplier, 0.0)
+            size, assumed = mapped.size_fraction, mapped.multiplier_assumed
+        target = None if direction is None or size is None else direction * size
+        if not local and v2.provenance == "q_table" and settings.rl_v2 == "reference":
+            state.v2_bus = True
+        moves = (
+            target is not None
+            and not settings.self_play
+            and (
+                local
+                or settings.rl_v2 == "bus"
+                or (settings.rl_v2 == "reference" and v2.provenance == "q_table")
+            )
+        )
+        event_ts = v2.ts_us if v2.event_ts_us is None else v2.event_ts_us
+        if moves and target is not None:
+            self._aim(state, state.v2, target, v2.ts_us)
+            state.v2.expires_us = v2.expires_at_us
+            state.v2_digest = v2.tables_digest
+            target = state.v2.target
+        state.arms_dirty = True
+        self._emit(
+            V2Row(
+                record_id=record_id("decision", v2.ref.stream, v2.ref.entry_id, v2.decision_id),
+                run_id=self.run_id,
+                symbol=v2.symbol,
+                event_ts_us=event_ts,
+                source_stream=v2.ref.stream,
+                source_entry_id=v2.ref.entry_id,
+                trace_id=v2.ref.trace_id,
+                correlation_id=v2.ref.correlation_id,
+                decision_id=v2.decision_id,
+                opponent=v2.provenance,
+                opponent_digest=v2.tables_digest,
+                decision_kind=v2.kind,
+                strategy=v2.strategy,
+                model=v2.model,
+                weight=v2.weight,
+                size_multiplier=v2.size_multiplier,
+                multiplier_assumed=assumed,
+                leverage=v2.leverage,
+                base_direction=base,
+                signal_confidence=confidence,
+                effective_confidence=effective,
+                direction=direction,
+                target=target,
+                moves_arm=moves,
+                policy_digest=self.policy.digest,
+            )
+        )
+        stream = v2.source_stream
+        if stream is not None and ":" not in stream:
+            stream = self._streams.get(stream, stream)
+        slow = stream is not None and stream.endswith("ai.signal_generated")
+        found = state.pairing.offer(
+            OpenV2(
+                decision_id=v2.decision_id,
+                ts_us=event_ts,
+                stream=stream,
+                entry_id=v2.source_entry_id,
+                trace_id=codec.join_id(v2.trace_id),
+                correlation_id=codec.join_id(v2.correlation_id),
+                direction=direction,
+                exposure=target,
+                opponent=v2.provenance,
+                digest=v2.tables_digest,
+                window_us=self._window_ai_us if slow else self._window_us,
+                bit=REFERENCE if local else BUS,
+            )
+        )
+        if found is not None:
+            self._pair_row(state, found)
+
+    def _note_v2_outcome(self, state: SymbolState, realised: float) -> None:
+        profit = state.v2.account.realised - realised
+        if profit != 0.0 and state.reference is not None:
+            state.reference.record_outcome(profit > 0.0)
+            state.closed_dirty = True
+
+    def _aim(self, state: SymbolState, arm: Arm, target: float, ts_us: int) -> None:
+        """Place an order for a target exposure if it differs from the one in force."""
+        market = state.market
+        target = arm.allow(target, market.warm)
+        if target == arm.target:
+            return
+        arm.target = target
+        decided = max(ts_us, market.last_ts_us)
+        realised = state.v2.account.realised
+        arm.place(
+            Order(decided + self._latency_us, None, target),
+            market.last_ts_us,
+            market.close,
+            market.half_spread,
+        )
+        if arm is state.v2:
+            self._note_v2_outcome(state, realised)
+
+    # -- v3 --------------------------------------------------------------------------------------
+
+    def _job(
+        self, ref: EntryRef, state: SymbolState, ts_us: int, kind: str, *, signal: bool
+    ) -> _Job:
+        """Fix the inputs of v3's decision on an event and reserve the place of its output."""
+        market, arm = state.market, state.v3
+        if kind == "step":
+            raw, missing = list(market.closed_raw), market.closed_missing
+        else:
+            raw, missing = market.open_features(ts_us)
+        account = arm.account
+        raw[6:10] = account.features()
+        mask = account.valid_actions(
+            cold=not market.warm, pending=arm.order is not None, use_masks=self._use_masks
+        )
+        slot = len(self._outputs)
+        self._outputs.append(None)
+        return _Job(
+            slot, ref, state, ts_us, kind, signal, raw, missing, mask, state.standing_id,
+            arm.target, account.exposure, market.close, state.last_direction or 0, market.warm,
+        )  # fmt: skip
+
+    def _step(
+        self, ref: EntryRef, state: SymbolState, ts_us: int, price: float, half_spread: float
+    ) -> tuple[tuple[float, ...], int, str]:
+        """Decide the step of the bars just closed and place its order."""
+        chosen = decision_id(ref.stream, ref.entry_id, self.policy.digest)
+        obs: tuple[float, ...] = ()
+        missing = 0
+        played = (state.v3, state.v2) if self.settings.self_play else (state.v3,)
+        for arm in played:
+            if arm.account.quantity == 0.0 and arm.order is None:
+                arm.target = 0.0
+            if arm is state.v3:
+                state.standing_id = chosen
+                job = self._job(ref, state, ts_us, "step", signal=False)
+                action, obs = self._decide_now(job)
+                missing = job.missing
+            else:
+                action = self._mirror(state, arm)
+            arm.account.end_step()
+            if action != Action.HOLD:
+                order = Order(ts_us + self._latency_us, action, 0.0)
+                arm.place(order, ts_us, price, half_spread)
+        state.arms_dirty = True
+        return obs, missing, chosen
+
+    def _mirror(self, state: SymbolState, arm: Arm) -> int:
+        """Decide for v3's twin from the twin's own account (self-play)."""
+        market = state.market
+        raw = list(market.closed_raw)
+        raw[6:10] = arm.account.features()
+        mask = arm.account.valid_actions(
+            cold=not market.warm, pending=arm.order is not None, use_masks=self._use_masks
+        )
+        obs = self.policy.normaliser.apply([raw], [market.closed_missing])
+        action = int(self.policy.decide(obs, [mask])[0][0])
+        arm.target = v3_target(action, arm.target, self.settings.costs)
+        return action
+
+    def _decide_now(self, job: _Job) -> tuple[int, tuple[float, ...]]:
+        """Run the network for one decision."""
+        obs = self.policy.normaliser.apply([job.raw], [job.missing])
+        actions, probs, values = self.policy.decide(obs, [job.mask])
+        self._complete(job, int(actions[0]), probs[0].tolist(), float(values[0]))
+        return int(actions[0]), tuple(obs[0].tolist())
+
+    def _flush(self, conflate: bool) -> None:
+        """Run the network for every advisory decision that waits."""
+        jobs, self._jobs = self._jobs, []
+        if not jobs:
+            return
+        self._bytes -= DECISION_BYTES * len(jobs)
+        if conflate:
+            newest = {job.state.symbol: job.slot for job in jobs}
+            dropped = [job for job in jobs if newest[job.state.symbol] != job.slot]
+            jobs = [job for job in jobs if newest[job.state.symbol] == job.slot]
+            for job in jobs:
+                self._count(job.ref.event_type, "decided")
+            for job in dropped:
+                self._count(job.ref.event_type, "conflated")
+            if dropped:
+                ids = tuple(f"{job.ref.stream}|{job.ref.entry_id}" for job in dropped)
+                self._ledger("conflated", dropped[-1].ref.id_ms // 60_000, ids)
+        obs = self.policy.normaliser.apply([j.raw for j in jobs], [j.missing for j in jobs])
+        actions, probs, values = self.policy.decide(obs, [j.mask for j in jobs])
+        for job, action, prob, value in zip(
+            jobs, actions.tolist(), probs.tolist(), values.tolist(), strict=True
+        ):
+            self._complete(job, action, prob, value)
+
+    def _complete(self, job: _Job, action: int, probs: list[float], value: float) -> None:
+        """Turn the network's answer into a decision, its output and a pairing candidate."""
+        state, ref = job.state, job.ref
+        digest = self.policy.digest
+        chosen = decision_id(ref.stream, ref.entry_id, digest)
+        target = job.target
+        if job.kind == "step":
+            target = state.v3.target = v3_target(action, job.target, self.settings.costs)
+        stamp = iso(job.ts_us)
+        missing = job.missing
+        zone = min(max(1.0 + value / 20.0, 0.5), 1.5)
+        decision = Decision(
+            symbol=state.symbol,
+            timestamp=stamp,
+            action=action,
+            confidence=probs[action],
+            value=value,
+            source="RL_V3_PPO",
+            shadow_mode=True,
+            trace_id=ref.trace_id or chosen,
+            raw_obs={
+                "price": job.price,
+                "volatility": job.raw[3],
+                "prediction": job.prediction,
+                "position_size": job.exposure,
+            },
+            schema_version=1,
+            decision_id=chosen,
+            kind=job.kind,
+            action_name=ACTION_TABLE[action],
+            action_probs=tuple(probs),
+            entropy=-sum(p * math.log(p) for p in probs if p > 0.0),
+            direction=v3_direction(action),
+            target_position=target,
+            standing_decision_id=job.standing_id,
+            warm=job.warm,
+            feature_quality={
+                "missing_mask": missing,
+                "present": N_FEATURES - missing.bit_count(),
+                "of": N_FEATURES,
+            },
+            value_confidence=min(1.0, abs(value) / 10.0),
+            tp_zone_multiplier=zone,
+            suggested_tp_pct=0.06 * zone,
+            model_id=digest[:12],
+            model_sha256=digest,
+            feature_version=self._feature_version,
+            event_ts=stamp,
+            source_event_type=ref.event_type,
+            source_stream=ref.stream,
+            source_entry_id=ref.entry_id,
+            source_trace_id=ref.trace_id,
+            source_correlation_id=ref.correlation_id,
+            run_id=self.run_id,
+            latency_ms=self._now_ms - ref.id_ms,
+        )
+        payload = encode(decision)
+        self._bytes += len(payload) + 250
+        self._outputs[job.slot] = Output(
+            "rl_v3.decision", payload, ref.trace_id or chosen, ref.correlation_id
+        )
+        self.decisions += 1
+        matches, gone = state.pairing.add(
+            Candidate(
+                chosen, ref.stream, ref.entry_id, codec.join_id(ref.trace_id),
+                codec.join_id(ref.correlation_id), job.ts_us, ref.event_type, job.kind, action,
+                probs[action], job.exposure, target, job.warm, job.signal,
+            ),
+            self._window_ai_us,
+        )  # fmt: skip
+        for match in matches:
+            self._pair_row(state, match)
+        for unmatched in gone:
+            self._unpaired_row(state, unmatched)
+
+    # -- records ---------------------------------------------------------------------------------
+
+    def _bar_row(self, state: SymbolState, closed: Any) -> BarRow:
+        """Close the bar of every arm; the accounts are still marked at its last price."""
+        market = state.market
+        known = state.regime
+        state.regime = regime_of(market.closed_raw)
+        arms = state.bars()
+        assert tuple(arms) == ARMS
+        gap, state.gap = state.gap, False
+        state.closed_dirty = True
+        if state.reference is not None:
+            state.reference.observe_close(closed.close)
+            state.reference.observe_equity(arms["v2"].equity)
+        return BarRow(
+            record_id=record_id("bar", self.run_id, state.symbol, closed.end_us),
+            run_id=self.run_id,
+            symbol=state.symbol,
+            event_ts_us=closed.end_us,
+            open=closed.open,
+            high=closed.high,
+            low=closed.low,
+            close=closed.close,
+            volume=closed.volume,
+            empty_after=closed.empty_after,
+            restarted=closed.restarted,
+            gap=gap,
+            warm=market.warm,
+            regime=known,
+            bus_regime=state.bus_regime,
+            arms=arms,
+            opponent=self._opponent(state),
+            opponent_digest=state.v2_digest if state.v2_bus else self._tables_digest(),
+            step_decision_id=None,
+            obs=(),
+            missing_mask=market.closed_missing,
+            policy_digest=self.policy.digest,
+        )
+
+    def _opponent(self, state: SymbolState) -> str:
+        if self.settings.self_play:
+            return "v3"
+        if state.v2_bus:
+            return "q_table"
+        return {"reference": "local_reference", "bus": "bus", "off": "none"}[self.settings.rl_v2]
+
+    def _pair_row(self, state: SymbolState, match: Match) -> None:
+        v2, v3 = match.v2, match.v3
+        self.pairs += 1
+        self._own_dirty = True
+        exposure = v2.exposure
+        self._emit(
+            PairRow(
+                record_id=record_id("pair", v2.decision_id, v3.decision_id),
+                run_id=self.run_id,
+                symbol=state.symbol,
+                event_ts_us=v2.ts_us,
+                v2_decision_id=v2.decision_id,
+                v3_decision_id=v3.decision_id,
+                rule=match.rule,
+                delta_us=v3.ts_us - v2.ts_us,
+                opponent=v2.opponent,
+                opponent_digest=v2.digest,
+                v3_kind=v3.kind,
+                v3_event_type=v3.event_type,
+                v3_action=v3.action,
+                v3_action_name=ACTION_TABLE[v3.action],
+                v3_confidence=v3.confidence,
+                v3_exposure=v3.exposure,
+                v3_target=v3.target,
+                v2_direction=v2.direction,
+                v2_exposure=exposure,
+                agree=None if exposure is None else _sign(exposure) == _sign(v3.target),
+                warm=v3.warm,
+                policy_digest=self.policy.digest,
+            )
+        )
+
+    def _unpaired_row(self, state: SymbolState, unmatched: Unmatched) -> None:
+        self._emit(
+            UnpairedRow(
+                record_id=record_id("unpaired", unmatched.side, unmatched.decision_id),
+                run_id=self.run_id,
+                symbol=state.symbol,
+                event_ts_us=unmatched.ts_us,
+                side=unmatched.side,
+                decision_id=unmatched.decision_id,
+                reason=unmatched.reason,
+                opponent=unmatched.opponent,
+                policy_digest=self.policy.digest,
+            )
+        )
+
+    def _ledger(self, reason: str, minute: int, entry_ids: tuple[str, ...]) -> None:
+        counts: dict[str, dict[str, int]] = {}
+        for (event_type, outcome), n in sorted(self.counts.items()):
+            counts.setdefault(event_type, {})[outcome] = n
+        self._emit(
+            LedgerRow(
+                record_id=record_id(
+                    "ledger", self.run_id, reason, sum(self.counts.values()), *entry_ids
+                ),
+                run_id=self.run_id,
+                symbol="",
+                event_ts_us=max(minute, 0) * MINUTE_US,
+                reason=reason,
+                counts=counts,
+                entry_ids=entry_ids,
+                policy_digest=self.policy.digest,
+            )
+        )
+
+    # -- plumbing --------------------------------------------------------------------------------
+
+    def _advance(self, state: SymbolState, ts_us: int) -> None:
+        """Move a symbol's event time on and settle pairings whose window has passed."""
+        state.now_us = ts_us
+        if ts_us <= state.pairing.deadline:
+            return
+        off = self.settings.rl_v2 == "off"
+        for result in state.pairing.expire(ts_us, self._window_ai_us, off):
+            if isinstance(result, Match):
+                self._pair_row(state, result)
+            else:
+                self._unpaired_row(state, result)
+
+    def _new_symbol(self, symbol: str) -> SymbolState:
+        settings = self.settings
+        reference = None if self.tables is None else V2Reference(self.tables)
+        return SymbolState(
+            symbol, self.policy.step_seconds, settings.initial_balance, settings.costs, reference
+        )
+
+    def _symbol(self, symbol: str) -> SymbolState:
+        state = self.symbols.get(symbol)
+        if state is None:
+            state = self.symbols[symbol] = self._new_symbol(symbol)
+            state.mark_all_dirty()
+            self._touched[symbol] = state
+        return state
+
+    def _touch(self, state: SymbolState) -> SymbolState:
+        self._touched[state.symbol] = state
+        return state
+
+    def _count(self, event_type: str, outcome: str) -> None:
+        key = (event_type, outcome)
+        self.counts[key] = self.counts.get(key, 0) + 1
+        self._changed.add(key)
+
+    def _emit(self, row: Comparison) -> None:
+        trace = row.trace_id if isinstance(row, V2Row) else ""
+        self._add(Output("rl_v3.comparison", encode(row), trace or row.record_id, ""))
+
+    def _add(self, output: Output) -> None:
+        self._bytes += len(output.payload) + 250
+        self._outputs.append(output)
+
+    def _finish(self, cursors: dict[str, str], taken: int) -> Commit:
+        """Collect what the batch produced and changed, and start the next one empty."""
+        cells = {symbol: state.take_cells() for symbol, state in self._touched.items()}
+        if self._own_dirty or taken:
+            own = (
+                self.run_id, self._ledger_minute, self.decisions, self.pairs, self._streams,
+            )  # fmt: skip
+            cells[""] = {"own": pack(own)}
+        commit = Commit(
+            outputs=[output for output in self._outputs if output is not None],
+            cells={symbol: changed for symbol, changed in cells.items() if changed},
+            cursors=cursors,
+            counts={key: self.counts[key] for key in self._changed},
+            taken=taken,
+        )
+        self._outputs = []
+        self._bytes = 0
+        self._changed = set()
+        self._touched = {}
+        self._own_dirty = False
+        return commit
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what a heartbeat or a live table shows, as plain values."""
+        states = self.symbols.values()
+        initial = self.settings.initial_balance
+        equity = {
+            name: sum(getattr(state, name).account.equity for state in states)
+            for name in ARMS
+            if name != "flat"
+        }
+        equity["flat"] = initial * len(self.symbols)
+        return {
+            "run_id": self.run_id,
+            "policy": self.policy.digest,
+            "symbols": len(self.symbols),
+            "warm": sum(state.market.warm for state in states),
+            "decisions": self.decisions,
+            "pairs": self.pairs,
+            "equity": equity,
+        }
+
+
+def _candle_tick(kline: Kline, ts_us: int, price: float, volume: float | None = None) -> Tick:
+    """Return one of the ticks that a candle stands for."""
+    return Tick(kline.ref, kline.symbol, ts_us, price, volume)
+
+
+def _sign(value: float) -> int:
+    return (value > 0.0) - (value < 0.0)
+
+
+def _id_us(entry_id: str) -> int:
+    return int(entry_id.partition("-")[0]) * 1_000

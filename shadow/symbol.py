@@ -1,0 +1,216 @@
+"""The state of one symbol: everything its next decision or pairing depends on, and its bytes.
+
+State is kept in named cells, so that a commit writes only what changed:
+  open    changes with every tick: open bar, drawdowns, ring counters, open v2 decisions
+  arms    changes with orders, fills and bars: accounts, targets, the standing decision
+  closed  changes when a bar closes: windows and indicators, RL v2's own memory
+  d0…d63  the last ticks, to recognise duplicates
+  m0…m63, a0…a63   candidates of the pairing
+Each cell is one version byte, a CRC-32 and msgpack.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgpack
+
+from rlv3.features import MarketState
+from rlv3.portfolio import Costs
+from shadow.arms import Arm
+from shadow.pairing import RING, Pairing
+from shadow.records import ArmBar
+from shadow.rl_v2 import V2Reference
+
+CELL_VERSION = 1
+
+
+class StateError(ValueError):
+    """A state cell is damaged or of an unknown version: the symbol restarts cold and flat."""
+
+
+def pack(values: Any) -> bytes:
+    """Encode plain values as a cell."""
+    body: bytes = msgpack.packb(values, use_single_float=False)
+    return bytes((CELL_VERSION,)) + zlib.crc32(body).to_bytes(4, "big") + body
+
+
+def unpack(cell: bytes) -> Any:
+    """Decode a cell.
+
+    Raises:
+        StateError: unknown version, wrong checksum, or not msgpack.
+    """
+    if len(cell) < 5 or cell[0] != CELL_VERSION:
+        raise StateError(f"expected a state cell of version {CELL_VERSION}, found {cell[:1]!r}")
+    body = cell[5:]
+    if zlib.crc32(body) != int.from_bytes(cell[1:5], "big"):
+        raise StateError("expected a state cell with a matching checksum, found a damaged one")
+    try:
+        return msgpack.unpackb(body, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise StateError(f"expected msgpack in a state cell, found {error}") from error
+
+
+class SymbolState:
+    """Market, arms, pairing and RL v2's memory of one symbol."""
+
+    __slots__ = (
+        "_known", "_recent", "arms_dirty", "bus_regime", "closed_dirty", "dirty_slots",
+        "follow_signal", "gap", "last_confidence", "last_direction", "market", "n_recent",
+        "now_us", "open_dirty", "owed", "pairing", "reference", "regime", "standing_id", "symbol",
+        "v2", "v2_bus", "v2_digest", "v2_multiplier", "v3",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        symbol: str,
+        step_seconds: int,
+        initial_balance: float,
+        costs: Costs,
+        reference: V2Reference | None,
+    ) -> None:
+        self.symbol = symbol
+        self.market = MarketState(step_seconds)
+        self.v3 = Arm(initial_balance, costs)
+        self.v2 = Arm(initial_balance, costs)
+        self.follow_signal = Arm(initial_balance, costs)
+        self.reference = reference
+        self.pairing = Pairing()
+        self._recent: list[tuple[int, float, float | None] | None] = [None] * RING
+        self._known: set[tuple[int, float, float | None]] = set()
+        self.n_recent = 0
+        self.now_us = -1  # newest event time of any of its events
+        self.standing_id: str | None = None
+        self.owed = False  # a stale tick closed a bar: its step is decided at the next fresh tick
+        self.gap = False
+        self.regime: str | None = None  # known before the open bar began
+        self.bus_regime: str | None = None
+        self.last_direction: int | None = None  # side of the last signal
+        self.last_confidence = 0.0
+        self.v2_bus = False  # the v2 arm follows the bus until the run ends
+        self.v2_digest: str | None = None
+        self.v2_multiplier: float | None = None
+        self.open_dirty = self.arms_dirty = self.closed_dirty = False
+        self.dirty_slots: set[int] = set()
+
+    def seen(self, ts_us: int, price: float, volume: float | None) -> bool:
+        """Return True when the same tick is among the last 64 folded ones."""
+        return (ts_us, price, volume) in self._known
+
+    def remember(self, ts_us: int, price: float, volume: float | None) -> None:
+        """Keep a folded tick for `seen`."""
+        slot = self.n_recent % RING
+        old = self._recent[slot]
+        if old is not None:
+            self._known.discard(old)
+        tick = (ts_us, price, volume)
+        self._recent[slot] = tick
+        self._known.add(tick)
+        self.dirty_slots.add(slot)
+        self.n_recent += 1
+
+    def arms(self) -> tuple[Arm, Arm, Arm]:
+        """Return the arms that trade, in the order of `records.ARMS`."""
+        return self.v3, self.v2, self.follow_signal
+
+    def bars(self) -> dict[str, ArmBar]:
+        """Close the bar of every arm; the flat arm holds its capital by definition."""
+        self.arms_dirty = True
+        initial = self.v3.account.initial
+        return {
+            "v3": self.v3.bar(),
+            "v2": self.v2.bar(),
+            "follow_signal": self.follow_signal.bar(),
+            "flat": ArmBar(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, initial, False),
+        }
+
+    # -- bytes -----------------------------------------------------------------------------------
+
+    def take_cells(self) -> dict[str, bytes]:
+        """Return the cells that changed since the last call."""
+        cells: dict[str, bytes] = {}
+        if self.open_dirty:
+            cells["open"] = pack(
+                (
+                    self.market.dump_open(),
+                    [arm.dump_tick() for arm in self.arms()],
+                    self.pairing.dump(),
+                    self.n_recent,
+                    self.now_us,
+                    self.owed,
+                    self.gap,
+                )
+            )
+        if self.arms_dirty:
+            cells["arms"] = pack(
+                (
+                    [arm.dump() for arm in self.arms()],
+                    self.standing_id,
+                    self.last_direction,
+                    self.last_confidence,
+                    self.v2_bus,
+                    self.v2_digest,
+                    self.v2_multiplier,
+                    self.bus_regime,
+                )
+            )
+        if self.closed_dirty:
+            memory = None if self.reference is None else self.reference.dump()
+            cells["closed"] = pack((self.market.dump_closed(), self.regime, memory))
+        for slot in self.dirty_slots:
+            cells[f"d{slot}"] = pack(self._recent[slot])
+        for name in self.pairing.dirty:
+            ring = self.pairing.main if name[0] == "m" else self.pairing.advisory
+            cells[name] = pack(ring[int(name[1:])])
+        self.open_dirty = self.arms_dirty = self.closed_dirty = False
+        self.dirty_slots.clear()
+        self.pairing.dirty.clear()
+        return cells
+
+    def load(self, cells: Mapping[str, bytes]) -> None:
+        """Restore the state from its cells.
+
+        Raises:
+            StateError: a cell is missing or damaged.
+        """
+        for name in ("open", "arms", "closed"):
+            if name not in cells:
+                raise StateError(f"expected cell {name} of symbol {self.symbol}, found none")
+        slots = {name: unpack(cell) for name, cell in cells.items() if name[0] in "dma"
+                 and name[1:].isdigit()}  # fmt: skip
+        try:
+            opened, ticks, pairing, self.n_recent, self.now_us, self.owed, self.gap = unpack(
+                cells["open"]
+            )
+            arms, *facts = unpack(cells["arms"])
+            closed, self.regime, memory = unpack(cells["closed"])
+            self.market.load(opened, closed)
+            mark = self.market.close
+            for arm, values, tick in zip(self.arms(), arms, ticks, strict=True):
+                arm.load(values, tick, mark)
+            (
+                self.standing_id, self.last_direction, self.last_confidence, self.v2_bus,
+                self.v2_digest, self.v2_multiplier, self.bus_regime,
+            ) = facts  # fmt: skip
+            if self.reference is not None and memory is not None:
+                self.reference.load(memory)
+            self.pairing.load(pairing, {k: v for k, v in slots.items() if k[0] in "ma"})
+        except (ValueError, TypeError, IndexError) as error:
+            raise StateError(f"state of symbol {self.symbol} does not fit: {error}") from error
+        for name, value in slots.items():
+            if name[0] == "d":
+                self._recent[int(name[1:])] = (value[0], value[1], value[2])
+        self._known = {tick for tick in self._recent if tick is not None}
+
+    def mark_all_dirty(self) -> None:
+        """Make the next `take_cells` return everything."""
+        self.open_dirty = self.arms_dirty = self.closed_dirty = True
+        self.dirty_slots.update(i for i, tick in enumerate(self._recent) if tick is not None)
+        for prefix, ring in (("m", self.pairing.main), ("a", self.pairing.advisory)):
+            self.pairing.dirty.update(f"{prefix}{i}" for i, c in enumerate(ring) if c is not None)
+
+
+SymbolFactory = Callable[[str], SymbolState]
