@@ -1,0 +1,61 @@
+# One virtual environment, two layers: .venv/.serving (no torch: worker, reports, demo)
+# and .venv/.everything (training, tests, checks) on top of it. See docs/adr/0009.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PACKAGES := rlv3 shadow worker
+SOURCES := $(PACKAGES) tests bench
+ARGS ?=
+
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint type format bench policy clean
+
+help:    ## print the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/.everything  ## install everything into .venv (the targets below do it when needed)
+
+demo: .venv/.serving      ## run the whole product for a minute on a private Redis, then report
+	@$(BIN)/rlv3-worker demo $(ARGS)
+
+test: .venv/.everything   ## run the test suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: lint type          ## lint, formatting and types
+
+lint: .venv/.everything   ## ruff: rules and formatting
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+
+type: .venv/.everything   ## mypy, strict on the three packages
+	@$(BIN)/mypy
+
+format: .venv/.everything ## let ruff decide the layout and fix what it can
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+bench: .venv/.serving     ## measure the fold: events per second and where the time goes
+	@$(BIN)/python bench/bench_fold.py $(ARGS)
+
+policy: .venv/.everything ## train the shipped policy and the RL v2 tables again
+	@$(BIN)/python -m rlv3.build_policy $(ARGS)
+
+clean:   ## remove the environment, caches and output
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out *.egg-info
+
+.venv/.serving: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "expected Python 3.11 or newer, found $$($(PYTHON) --version 2>&1); name another: make PYTHON=..."; exit 2; }
+	@echo "installing into .venv (once)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation -e '.[embedded]'
+	@touch $@
+
+.venv/.everything: .venv/.serving
+	@echo "installing torch and the test tools into .venv (once)"
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
