@@ -16,7 +16,7 @@ import heapq
 import json
 import math
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,7 +53,7 @@ class Print(NamedTuple):
 def entries(
     bars: Sequence[Bars],
     *,
-    prefix: str = "quantum",
+    stream: Callable[[str], str] = str,
     signals: bool = True,
     ticks_per_bar: int = 2,
     seed: int = 0,
@@ -64,7 +64,7 @@ def entries(
 
     Args:
         bars: one series per symbol, each with its own times; symbols differ.
-        prefix: of the stream keys.
+        stream: event type -> stream key; the event type itself where there is no bus.
         signals: publish `signal.generated` as well.
         ticks_per_bar: 2 for the open and close tick; more adds seeded trades between them that
             reach the bar's high and low, with volume and side flags.
@@ -77,7 +77,7 @@ def entries(
     symbols = [series.symbol for series in bars]
     if len(set(symbols)) < len(symbols):
         raise DataError(f"expected one series per symbol, found {', '.join(symbols)}")
-    streams = {name: f"{prefix}:stream:{name}" for name in STREAMS}
+    keys = {name: stream(name) for name in STREAMS}
     prints = heapq.merge(
         *(
             _prints(series, rank, ticks_per_bar, np.random.default_rng([seed, rank]), signals)
@@ -89,9 +89,9 @@ def entries(
     for p in prints:
         n = n + 1 if p.ms == last_ms else 0
         last_ms = p.ms
-        yield _entry(TICK, streams[TICK], f"{p.ms}-{n}", p.payload)
+        yield _entry(TICK, keys[TICK], f"{p.ms}-{n}", p.payload)
         if p.signal is not None:
-            yield _entry(SIGNAL, streams[SIGNAL], f"{p.ms}-{n}", p.signal)
+            yield _entry(SIGNAL, keys[SIGNAL], f"{p.ms}-{n}", p.signal)
 
 
 def _prints(

@@ -54,8 +54,8 @@ def position(entry: Entry) -> tuple[int, int, int]:
 
 
 def test_a_bar_is_an_open_tick_without_volume_and_a_close_tick_with_it() -> None:
-    opened, closed = entries([series("AAAUSDT", [100.0])])
-    assert opened.stream == "quantum:stream:market.tick"
+    opened, closed = entries([series("AAAUSDT", [100.0])], stream="bus:{}".format)
+    assert opened.stream == "bus:market.tick"
     assert opened.entry_id == f"{START_MS + 1}-0"
     assert payload(opened) == {
         "symbol": "AAAUSDT",
