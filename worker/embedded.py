@@ -30,16 +30,23 @@ NAMES = ("redis-server", "valkey-server")
 START_TIMEOUT_S = 20.0
 _VERSION = re.compile(r"v=(\d+)\.(\d+)\.(\d+)")
 
-# The kernel kills the server when the process that started it ends, even by kill -9. The setting
+# The kernel kills the child when the process that started it ends, even by kill -9. The setting
 # must be made in the child, and `preexec_fn` is unsafe in a process with threads: hence a launcher
 # that asks for the signal (1 = PR_SET_PDEATHSIG, 9 = SIGKILL), checks that nobody died meanwhile,
-# and becomes the server. Elsewhere than on Linux the server is stopped by `stop()` alone.
+# and becomes the program. Elsewhere than on Linux a child ends when it is told to, no sooner.
 _LAUNCHER = (
     "import ctypes,os,sys;"
     "ctypes.CDLL(None).prctl(1,9,0,0,0);"
     "os.getppid()==int(sys.argv[1]) or sys.exit(1);"
     "os.execv(sys.argv[2],sys.argv[2:])"
 )
+
+
+def leashed(*command: str) -> list[str]:
+    """Return the command line that runs a program which does not outlive this process."""
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
 
 
 class ServerBinary(NamedTuple):
@@ -170,12 +177,8 @@ class RedisServer:
 
     def launch(self) -> None:
         """Start the process and wait until it answers, AOF loaded."""
-        command = [self.binary.path, *self._arguments()]
-        if sys.platform == "linux":
-            launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
-            command = launcher + command
         self.process = subprocess.Popen(
-            command,
+            leashed(self.binary.path, *self._arguments()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
