@@ -1,0 +1,95 @@
+"""Do the pages under docs/ still say what the code says?"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+import pytest
+
+from rlv3.features import FEATURES
+from shadow import records
+from worker.keys import INPUTS, OPTIONAL_INPUTS, Keys
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_what_the_code_says(page: Path, tables: ModuleType) -> None:
+    text = page.read_text("utf-8")
+    assert text == tables.render(text), "run: python docs/tables.py"
+
+
+def test_every_feature_has_a_row() -> None:
+    text = (ROOT / "docs" / "features.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \| `(\w+)`", text, re.MULTILINE)
+    assert rows == [(str(i), feature.name) for i, feature in enumerate(FEATURES)]
+
+
+def test_contracts_have_every_record_and_every_field_has_a_meaning() -> None:
+    text = (ROOT / "docs" / "contracts.md").read_text("utf-8")
+    structs = [records.Decision, records.ArmBar, *get_args(records.Comparison)]
+    for struct in structs:
+        table = text.partition(f"<!-- table: {struct.__name__} -->")[2].partition("<!-- end")[0]
+        rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| (.*) \|$", table, re.MULTILINE))
+        if struct.__struct_config__.tag:
+            del rows["kind"]
+        assert tuple(rows) == struct.__struct_fields__, struct.__name__
+        assert [name for name, meaning in rows.items() if not meaning.strip()] == []
+
+
+def test_contracts_name_every_stream_and_key() -> None:
+    text = (ROOT / "docs" / "contracts.md").read_text("utf-8")
+    keys = Keys("PREFIX")
+    names = [*INPUTS, *OPTIONAL_INPUTS, keys.decisions, keys.comparisons, keys.meta, keys.symbols,
+             keys.state("<SYMBOL>"), keys.artifact("<sha256>"), keys.collected, keys.heartbeat,
+             keys.dlq("<input event type>")]  # fmt: skip
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = {
+        re.split(r"[<>=;\[ ]", requirement)[0]
+        for group in (project["dependencies"], *extras)
+        for requirement in group
+    }
+    text = (ROOT / "docs" / "adr" / "0001-dependencies.md").read_text("utf-8")
+    assert set(re.findall(r"^\| (\w[\w-]*) \| (?!where)", text, re.MULTILINE)) == wanted - {
+        project["name"]
+    }
+
+
+def test_constraints_pin_every_dependency_exactly() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    pins = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    names = {line.partition("==")[0].lower() for line in pins if not line.startswith("#")}
+    assert all(re.fullmatch(r"#.*|[\w.-]+==[\w.]+", line) for line in pins)
+    for group in (project["dependencies"], *project["optional-dependencies"].values()):
+        for requirement in group:
+            name = re.split(r"[<>=;\[ ]", requirement)[0].lower()
+            assert name in names | {project["name"]}, name
+    assert "setuptools" in names
