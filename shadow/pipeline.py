@@ -64,6 +64,7 @@ from shadow.symbol import StateError, SymbolState, pack, unpack
 
 MINUTE_US = 60_000_000
 DECISION_BYTES = 1_250  # size taken for a decision that waits for inference
+_BATCH_LIMITS = ("max_events", "max_bytes")
 OUTCOMES = (
     "decided", "conflated", "consumed", "late", "duplicate", "stale", "priming", "unselected",
     "dead_letter",
@@ -92,7 +93,9 @@ class Settings:
     self_play: bool = False
     """The v2 arm is v3 again (`backtest --self`)."""
     max_events: int = 64
+    """Entries per commit; batch limits change no result."""
     max_bytes: int = 65_536
+    """Bytes per commit, about."""
 
     def dump(self) -> dict[str, Any]:
         """Return plain values for a recording."""
@@ -183,10 +186,14 @@ class Pipeline:
         After a change of policy, positions that the former policy opened close at the next price.
         """
         swapped = bool(self.run_id)
+        rules = {k: v for k, v in self.settings.dump().items() if k not in _BATCH_LIMITS}
         self.run_id = record_id(
-            "run", self.policy.digest, self._tables_digest(), encode(self.settings.dump()),
+            "run",
+            self.policy.digest,
+            self._tables_digest(),
+            encode(rules),
             *sorted(cursors.items()),
-        )[:16]  # fmt: skip
+        )[:16]
         if swapped:
             for state in self.symbols.values():
                 state.v3.target = 0.0

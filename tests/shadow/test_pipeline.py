@@ -1,0 +1,416 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlv3.events import Action
+from rlv3.policy import Policy
+from rlv3.portfolio import Costs
+from shadow.pipeline import Pipeline, Settings
+from shadow.records import BarRow, Commit, Decision, Entry, LedgerRow, PairRow, UnpairedRow, V2Row
+from shadow.records import decode_comparison, decode_decision
+from shadow.rl_v2 import QTables
+
+INPUTS = ("market.tick", "signal.generated", "ai.signal_generated", "rl_v2.decision")
+T0 = 1_700_000_040_000  # a bar boundary
+RANK = {name: i for i, name in enumerate(INPUTS)}
+MakeEntry = Callable[..., Entry]
+
+
+@pytest.fixture(scope="module")
+def tables() -> QTables:
+    return QTables.load(None)
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy: Callable[..., Policy]) -> Policy:
+    return make_policy(2)
+
+
+def workload(bus_entry: MakeEntry, seed: int, minutes: int = 45) -> list[Entry]:
+    """Three symbols with ticks, signals, v2 decisions, duplicates, late ticks and bad entries."""
+    rng = np.random.default_rng(seed)
+    entries = []
+    prices = {"AAAUSDT": 100.0, "BBBUSDT": 0.01, "CCCUSDT": 5e4}
+    seq = 0
+    for second in range(0, minutes * 60, 7):
+        for symbol, price in prices.items():
+            ts = T0 + second * 1000 + int(rng.integers(0, 900))
+            if rng.random() < 0.2:
+                continue
+            price *= float(np.exp(rng.normal(0, 1e-3)))
+            prices[symbol] = price
+            seq += 1
+            body: dict[str, object] = {
+                "symbol": symbol, "price": price, "qty": float(rng.integers(1, 9)),
+                "is_buyer_maker": bool(rng.integers(2)),
+            }  # fmt: skip
+            kind = rng.random()
+            if kind < 0.02:
+                body["price"] = 0.0
+            elif kind < 0.04:
+                body["timestamp"] = (ts - 30_000) / 1000
+            elif kind < 0.05:
+                body["timestamp"] = (ts - 300_000) / 1000
+            entries.append(bus_entry("market.tick", ts, body, seq))
+            if rng.random() < 0.03:
+                entries.append(bus_entry("market.tick", ts, body, seq + 500_000))
+            if rng.random() < 0.06:
+                side = "BUY" if rng.random() < 0.5 else "SELL"
+                stream = "signal.generated" if rng.random() < 0.7 else "ai.signal_generated"
+                signal = {"symbol": symbol, "side": side, "confidence": 0.7}
+                entries.append(bus_entry(stream, ts + 3, signal, seq))
+            if rng.random() < 0.03:
+                v2 = {
+                    "schema_version": 1, "decision_id": f"v2-{seq}", "symbol": symbol,
+                    "kind": "combined", "strategy": "dual_momentum", "model": "lstm",
+                    "weight": 1.25, "size_multiplier": 1.5, "leverage": 5, "signal_side": "BUY",
+                    "signal_confidence": 0.8, "provenance": "q_table" if symbol[0] == "B"
+                    else "static_policy", "timestamp": "2023-11-14T22:14:00Z",
+                }  # fmt: skip
+                v2["event_ts"] = (ts + int(rng.integers(-9000, 9000))) / 1000
+                if rng.random() < 0.5:
+                    v2 |= {"source_stream": "market.tick", "source_entry_id": f"{ts}-{seq}"}
+                v2["timestamp"] = v2["event_ts"]
+                entries.append(bus_entry("rl_v2.decision", ts + 5, v2, seq))
+    entries.sort(key=lambda e: (*map(int, e.entry_id.split("-")), RANK[e.event_type]))
+    return entries
+
+
+def fold(pipeline: Pipeline, entries: Sequence[Entry], conflate: bool = False) -> list[Commit]:
+    commits = []
+    rest = list(entries)
+    while rest:
+        commit = pipeline.run(rest, now_ms=0.0, conflate=conflate)
+        assert commit.taken > 0
+        commits.append(commit)
+        rest = rest[commit.taken :]
+    return commits
+
+
+def payloads(commits: Sequence[Commit]) -> list[tuple[Any, ...]]:
+    """Everything that leaves, without the one field a clock may change."""
+    result = []
+    for commit in commits:
+        for output in commit.outputs:
+            body = json.loads(output.payload)
+            body.pop("latency_ms", None)
+            result.append((output.event_type, output.trace_id, output.correlation_id, body))
+    return result
+
+
+def decisions(commits: Sequence[Commit]) -> list[Decision]:
+    return [
+        decode_decision(o.payload)
+        for c in commits
+        for o in c.outputs
+        if o.event_type == "rl_v3.decision"
+    ]
+
+
+def rows(commits: Sequence[Commit], kind: type) -> list[Any]:
+    found = [
+        decode_comparison(o.payload)
+        for c in commits
+        for o in c.outputs
+        if o.event_type == "rl_v3.comparison"
+    ]
+    return [row for row in found if isinstance(row, kind)]
+
+
+@pytest.mark.parametrize("rl_v2", ["reference", "bus", "off"])
+def test_outputs_do_not_depend_on_where_a_batch_was_cut(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry, rl_v2: str
+) -> None:
+    entries = workload(bus_entry, seed=1)
+    results = []
+    for limit in (1, 7, 64):
+        pipeline = Pipeline(policy, tables, Settings(max_events=limit, rl_v2=rl_v2), INPUTS)
+        first = pipeline.begin({})
+        results.append(payloads([first, *fold(pipeline, entries), pipeline.stop()]))
+    assert results[0] == results[1] == results[2]
+    assert len({body["symbol"] for kind, *_, body in results[0] if kind == "rl_v3.decision"}) == 3
+
+
+def test_a_restart_after_any_commit_continues_identically(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = workload(bus_entry, seed=2)
+    settings = Settings(max_events=16)
+    whole = Pipeline(policy, tables, settings, INPUTS)
+    expected = payloads([whole.begin({}), *fold(whole, entries)])
+
+    stored: dict[str, dict[str, bytes]] = {}
+    counts: dict[tuple[str, str], int] = {}
+    commits: list[Commit] = []
+
+    def keep(commit: Commit) -> None:
+        commits.append(commit)
+        counts.update(commit.counts)
+        for symbol, cells in commit.cells.items():
+            stored.setdefault(symbol, {}).update(cells)
+
+    pipeline = Pipeline(policy, tables, settings, INPUTS)
+    keep(pipeline.begin({}))
+    rest = entries
+    while rest:
+        commit = pipeline.run(rest, now_ms=0.0)
+        keep(commit)
+        rest = rest[commit.taken :]
+        pipeline = Pipeline(policy, tables, settings, INPUTS)
+        assert pipeline.restore(stored) == []
+        pipeline.counts = dict(counts)
+    assert payloads(commits) == expected
+    assert counts == whole.counts
+
+
+def test_every_entry_has_exactly_one_outcome(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = workload(bus_entry, seed=3)
+    pipeline = Pipeline(policy, tables, Settings(), INPUTS)
+    commits = fold(pipeline, entries)
+    read = Counter(entry.event_type for entry in entries)
+    counted: Counter[str] = Counter()
+    for (event_type, _), n in pipeline.counts.items():
+        counted[event_type] += n
+    assert counted == read
+    outcomes = {outcome for _, outcome in pipeline.counts}
+    assert {"decided", "late", "duplicate", "stale", "dead_letter", "consumed"} <= outcomes
+    made = decisions(commits)
+    assert len(made) == sum(n for (_, o), n in pipeline.counts.items() if o == "decided")
+    assert len({d.decision_id for d in made}) == len(made)
+    assert len([o for c in commits for o in c.outputs if o.event_type.startswith("dlq:")]) == sum(
+        n for (_, o), n in pipeline.counts.items() if o == "dead_letter"
+    )
+
+
+def test_later_entries_change_nothing_before(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = workload(bus_entry, seed=4)
+    cut = len(entries) // 2
+    other = workload(bus_entry, seed=5)
+    tail = [e for e in other if e.id_ms > entries[cut].id_ms]
+    one = Pipeline(policy, tables, Settings(), INPUTS)
+    two = Pipeline(policy, tables, Settings(), INPUTS)
+    first = payloads([*fold(one, entries[:cut])])
+    whole = payloads([*fold(two, [*entries[:cut], *tail])])
+    assert whole[: len(first)] == first
+
+
+def test_conflation_leaves_accounts_alone_and_names_what_it_dropped(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = workload(bus_entry, seed=6)
+    plain = Pipeline(policy, tables, Settings(), INPUTS)
+    all_commits = fold(plain, entries)
+    loaded = Pipeline(policy, tables, Settings(), INPUTS)
+    commits = fold(loaded, entries, conflate=True)
+    conflated = loaded.counts[("market.tick", "conflated")]
+    assert conflated > 0
+    named = [i for row in rows(commits, LedgerRow) if row.reason == "conflated"
+             for i in row.entry_ids]  # fmt: skip
+    assert len(named) == len(set(named)) == conflated
+    decided = {d.decision_id: d for d in decisions(all_commits)}
+    kept = decisions(commits)
+    assert len(kept) + conflated == len(decided)
+    for decision in kept:
+        assert decision == decided[decision.decision_id]
+    assert rows(commits, BarRow) == rows(all_commits, BarRow)
+
+
+def test_one_step_per_closed_bar_and_all_else_is_advisory(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = workload(bus_entry, seed=7)
+    pipeline = Pipeline(policy, tables, Settings(), INPUTS)
+    commits = fold(pipeline, entries)
+    steps = {d.decision_id: d for d in decisions(commits) if d.kind == "step"}
+    bars = rows(commits, BarRow)
+    decided = [b.step_decision_id for b in bars if b.step_decision_id is not None]
+    assert len(decided) == len(set(decided))
+    assert set(decided) <= set(steps)
+    for decision in decisions(commits):
+        if decision.kind == "step":
+            assert decision.standing_decision_id == decision.decision_id
+        if not decision.warm:
+            assert decision.action in (Action.HOLD, Action.REDUCE, Action.CLOSE,
+                                       Action.EMERGENCY_FLATTEN)  # fmt: skip
+
+
+def test_v3_against_itself_differs_by_exactly_zero(
+    policy: Policy, bus_entry: MakeEntry, tables: QTables
+) -> None:
+    entries = workload(bus_entry, seed=8, minutes=120)
+    settings = Settings(self_play=True, latency_ms=0)
+    pipeline = Pipeline(policy, tables, settings, INPUTS)
+    bars = rows(fold(pipeline, entries), BarRow)
+    assert any(bar.arms["v3"].turnover > 0 for bar in bars)
+    for bar in bars:
+        assert bar.arms["v3"] == bar.arms["v2"]
+
+
+def test_step_fills_at_the_first_price_after_the_latency(
+    make_policy: Callable[..., Policy], tables: QTables, bus_entry: MakeEntry
+) -> None:
+    """A policy that always goes LONG when it may: entry one bar after warm-up, at a known price."""
+    policy = always(make_policy(0), Action.LONG)
+    costs = Costs(fee_rate=0.0)
+    settings = Settings(latency_ms=250, rl_v2="off", costs=costs)
+    pipeline = Pipeline(policy, None, settings, INPUTS)
+    entries = []
+    for bar in range(40):
+        for offset, price in ((1, 100.0 + bar), (200, 50.0), (251, 80.0), (60_000, 100.0 + bar)):
+            tick = {"symbol": "AAAUSDT", "price": price}
+            entries.append(bus_entry("market.tick", T0 + bar * 60_000 + offset, tick))
+    commits = fold(pipeline, entries)
+    bars = rows(commits, BarRow)
+    first = next(i for i, bar in enumerate(bars) if bar.arms["v3"].turnover > 0)
+    # WARM_BARS = 31 bars closed -> the step at the opening tick of bar 31 is the first that may enter
+    assert first == 31
+    # due at +1 ms + 250 ms: the tick at +251 ms, price 80 (not 50); 1000 / 80 = 12.5 units
+    assert bars[31].arms["v3"].turnover == pytest.approx(0.1, abs=1e-12)
+    gross = 12.5 * (bars[31].close - 80.0) / 10_000
+    assert bars[31].arms["v3"].gross == pytest.approx(gross, abs=1e-12)
+    # one tick later means the close of the bar
+    assert bars[31].arms["v3"].gross_late == pytest.approx(0.0, abs=1e-12)
+
+
+def always(policy: Policy, action: Action) -> Policy:
+    """Give a policy one preference whatever it sees; where that is masked, it holds."""
+    policy._nets[0][-1][0][:] = 0.0
+    policy._nets[0][-1][1][:] = 0.0
+    policy._nets[0][-1][1][action] = 1e3
+    return policy
+
+
+def test_a_policy_swap_closes_positions_and_starts_a_run(
+    make_policy: Callable[..., Policy], tables: QTables, bus_entry: MakeEntry
+) -> None:
+    old, new = always(make_policy(0), Action.LONG), always(make_policy(1), Action.HOLD)
+    settings = Settings(latency_ms=0)
+    ticks = [
+        bus_entry("market.tick", T0 + n * 30_000 + 1, {"symbol": "AAAUSDT", "price": 100.0 + n})
+        for n in range(90)
+    ]
+    first = Pipeline(old, tables, settings, INPUTS)
+    stored: dict[str, dict[str, bytes]] = {}
+    for commit in [first.begin({}), *fold(first, ticks[:80])]:
+        for symbol, cells in commit.cells.items():
+            stored.setdefault(symbol, {}).update(cells)
+    assert first.symbols["AAAUSDT"].v3.account.quantity > 0
+    second = Pipeline(new, tables, settings, INPUTS)
+    second.restore(stored)
+    assert second.run_id == first.run_id
+    second.begin({})
+    assert second.run_id != first.run_id
+    made = decisions(fold(second, ticks[80:]))
+    assert {d.model_sha256 for d in made} == {new.digest}
+    assert second.symbols["AAAUSDT"].v3.account.quantity == 0.0
+
+
+def test_a_damaged_cell_restarts_its_symbol_cold_and_flat_and_marks_the_run(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    pipeline = Pipeline(policy, tables, Settings(), INPUTS)
+    stored: dict[str, dict[str, bytes]] = {}
+    for commit in [pipeline.begin({}), *fold(pipeline, workload(bus_entry, seed=9))]:
+        for symbol, cells in commit.cells.items():
+            stored.setdefault(symbol, {}).update(cells)
+    cell = bytearray(stored["BBBUSDT"]["closed"])
+    cell[20] ^= 1
+    stored["BBBUSDT"]["closed"] = bytes(cell)
+    again = Pipeline(policy, tables, Settings(), INPUTS)
+    assert again.restore(stored) == ["BBBUSDT"]
+    assert not again.symbols["BBBUSDT"].market.warm
+    assert again.symbols["AAAUSDT"].market.warm
+    (row,) = rows([again.run([], now_ms=0.0)], LedgerRow)
+    assert (row.reason, row.entry_ids) == ("corrupt_state", ("BBBUSDT",))
+
+
+def test_reference_pairs_every_signal_by_its_entry(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = [e for e in workload(bus_entry, seed=10) if e.event_type != "rl_v2.decision"]
+    pipeline = Pipeline(policy, tables, Settings(), INPUTS)
+    commits = fold(pipeline, entries)
+    signals = sum(n for (s, o), n in pipeline.counts.items() if "signal" in s and o == "decided")
+    pairs = rows(commits, PairRow)
+    assert len(pairs) == signals > 0
+    assert {pair.rule for pair in pairs} == {1}
+    assert rows(commits, UnpairedRow) == []
+
+
+def test_v2_arm_follows_the_bus_from_the_first_q_table_decision(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = workload(bus_entry, seed=11)
+    pipeline = Pipeline(policy, tables, Settings(), INPUTS)
+    commits = fold(pipeline, entries)
+    v2 = rows(commits, V2Row)
+    b_rows = [row for row in v2 if row.symbol == "BBBUSDT"]
+    first = next(i for i, row in enumerate(b_rows) if row.opponent == "q_table")
+    assert all(row.opponent == "q_table" for row in b_rows[first:])
+    assert all(row.moves_arm for row in b_rows)
+    others = [row for row in v2 if row.symbol != "BBBUSDT"]
+    assert {(row.opponent, row.moves_arm) for row in others} == {
+        ("local_reference", True),
+        ("static_policy", False),
+    }
+    bars = [bar for bar in rows(commits, BarRow) if bar.symbol == "BBBUSDT"]
+    assert {bar.opponent for bar in bars} == {"local_reference", "q_table"}
+
+
+def test_pairs_and_unpaired_account_for_every_v2_decision(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = workload(bus_entry, seed=12)
+    pipeline = Pipeline(policy, tables, Settings(), INPUTS)
+    commits = fold(pipeline, entries)
+    v2 = {row.decision_id for row in rows(commits, V2Row)}
+    paired = [row.v2_decision_id for row in rows(commits, PairRow)]
+    alone = [row.decision_id for row in rows(commits, UnpairedRow) if row.side == "v2"]
+    still_open = [o.decision_id for s in pipeline.symbols.values() for o in s.pairing.open_v2]
+    assert sorted([*paired, *alone, *still_open]) == sorted(v2)
+    assert {row.rule for row in rows(commits, PairRow)} >= {1, 5}
+
+
+def test_unselected_sources_are_counted_and_not_folded(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    settings = replace(Settings(), tick_sources=frozenset({"another"}))
+    pipeline = Pipeline(policy, tables, settings, INPUTS)
+    entry = bus_entry("market.tick", T0, {"symbol": "AAAUSDT", "price": 1.0})
+    assert fold(pipeline, [entry])[0].outputs == []
+    assert pipeline.counts == {("market.tick", "unselected"): 1}
+
+
+def test_a_bar_closed_by_a_stale_tick_is_decided_at_the_next_fresh_one(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    pipeline = Pipeline(policy, tables, Settings(), INPUTS)
+    body = {"symbol": "AAAUSDT", "price": 100.0}
+    late = {**body, "price": 101.0, "timestamp": (T0 + 61_000) / 1000}
+    commits = fold(
+        pipeline,
+        [
+            bus_entry("market.tick", T0 + 1_000, body),
+            bus_entry("market.tick", T0 + 300_000, late),  # 239 s old: stale, but newest
+            bus_entry("market.tick", T0 + 301_000, {**body, "timestamp": (T0 + 62_000) / 1000,
+                                                    "price": 102.0}),  # stale too
+            bus_entry("market.tick", T0 + 302_000, {**body, "timestamp": (T0 + 301_500) / 1000}),
+        ],
+    )  # fmt: skip
+    assert pipeline.counts == {("market.tick", "decided"): 2, ("market.tick", "stale"): 2}
+    kinds = [d.kind for d in decisions(commits)]
+    assert kinds == ["advisory", "step"]
+    first, second = rows(commits, BarRow)
+    assert first.step_decision_id is None
+    assert second.step_decision_id is not None
