@@ -13,8 +13,18 @@ from rlv3.events import Action
 from rlv3.policy import Policy
 from rlv3.portfolio import Costs
 from shadow.pipeline import Pipeline, Settings
-from shadow.records import BarRow, Commit, Decision, Entry, LedgerRow, PairRow, UnpairedRow, V2Row
-from shadow.records import decode_comparison, decode_decision
+from shadow.records import (
+    BarRow,
+    Commit,
+    Decision,
+    Entry,
+    LedgerRow,
+    PairRow,
+    UnpairedRow,
+    V2Row,
+    decode_comparison,
+    decode_decision,
+)
 from shadow.rl_v2 import QTables
 
 INPUTS = ("market.tick", "signal.generated", "ai.signal_generated", "rl_v2.decision")
