@@ -313,6 +313,8 @@ class SegmentWriter:
             os.replace(temporary, path)
         except duckdb.IOException as error:
             raise OSError(str(error)) from error
+        except duckdb.Error as error:
+            raise DataError(f"cannot write {path}: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
         _sync(path.parent)

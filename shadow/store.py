@@ -143,12 +143,17 @@ _INTEGER_FIELDS = {
 class StoreWriter:
     """Appends entries of `rl_v3.decision` and `rl_v3.comparison` to a store.
 
+    Attributes:
+        policies: digests of the policies whose records were appended; the caller takes out those
+            whose artifact it has copied.
+
     Raises:
         DataError: another process writes here, or the directory is no store.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.segments = SegmentWriter(directory, [*TABLES.values(), *REJECTED.values()])
+        self.policies: set[str] = set()
         self._remembered = {
             name: dict.fromkeys(self._newest_ids(table)) for name, table in TABLES.items()
         }
@@ -190,19 +195,15 @@ class StoreWriter:
             return "rejected"
         table = _TABLE_OF[type(record)]
         if self._is_repeated(table, _identity(record)):
-            self.count(stream, "repeated")
+            _add_one(self.counts(stream), "repeated")
             return "repeated"
+        self.policies.add(_policy(record))
         self.segments.add(table, parsed, line)
         return table
 
-    def count(self, stream: str, what: str, entries: int = 1) -> None:
-        """Add to one of a stream's counters, which become durable with the position."""
-        counts = self.segments.progress(stream).counts
-        counts[what] = counts.get(what, 0) + entries
-
-    def counted(self, stream: str, what: str) -> int:
-        """Return one of a stream's counters."""
-        return self.segments.progress(stream).counts.get(what, 0)
+    def counts(self, stream: str) -> dict[str, int]:
+        """Return a stream's counters, to be changed in place; durable with the position."""
+        return self.segments.progress(stream).counts
 
     def flush(self) -> dict[str, str]:
         """Make all appended entries durable; return stream key -> durable id.
@@ -241,7 +242,7 @@ class StoreWriter:
             sha256=hashlib.sha256(payload).hexdigest(),
         )
         self.segments.add(REJECTED[group_of(stream)].name, parsed, encode(row) + b"\n")
-        self.count(stream, "rejected")
+        _add_one(self.counts(stream), "rejected")
 
     def _is_repeated(self, table: str, identity: str) -> bool:
         remembered = self._remembered[table]
@@ -386,6 +387,14 @@ def _check_integers(value: object) -> None:
             _check_integers(item)
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"expected a 64-bit integer, found {value}")
+
+
+def _add_one(counts: dict[str, int], what: str) -> None:
+    counts[what] = counts.get(what, 0) + 1
+
+
+def _policy(record: Decision | Comparison) -> str:
+    return record.model_sha256 if isinstance(record, Decision) else record.policy_digest
 
 
 def _identity(record: Decision | Comparison) -> str:

@@ -453,7 +453,7 @@ def test_a_record_that_a_restored_redis_sends_again_is_kept_once(tmp_path: Path)
     writer.close()
     assert ids(tmp_path) == numbered(1, 2)
     writer = StoreWriter(tmp_path)
-    assert writer.counted(DECISIONS, "repeated") == 1
+    assert writer.counts(DECISIONS)["repeated"] == 1
     assert StoreReader(tmp_path).check()["unpaired"] == 2
 
 
