@@ -110,6 +110,8 @@ def _is_missing(value: object) -> bool:
 
 def _number(value: object) -> float | None:
     """Return a number or numeric text as float, possibly not finite; else None."""
+    if type(value) is float:
+        return value
     if isinstance(value, str):
         # float() would also read 1_000 and digits of other scripts
         if len(value) > 64 or not value.isascii() or "_" in value:
@@ -118,7 +120,7 @@ def _number(value: object) -> float | None:
             return float(value)
         except ValueError:
             return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if type(value) is not int:
         return None
     try:
         return float(value)
@@ -657,8 +659,8 @@ READERS: dict[str, Reader] = {
 # -- the hot variant -------------------------------------------------------------------------------
 
 
-class _PlainTick(msgspec.Struct, gc=False):
-    """A tick in the types that production's live publishers write."""
+class _PlainTick(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    """A tick in the names and types that production's live publishers write, and nothing else."""
 
     symbol: str
     price: float
@@ -683,7 +685,7 @@ def _plain_tick(entry: Entry) -> Tick | None:
     """
     fields = entry.fields
     payload = fields.get(b"payload")
-    if payload is None or len(payload) > 4096:
+    if payload is None or len(payload) > MAX_BODY_BYTES:
         return None
     try:
         tick = _decode_plain_tick(payload)
