@@ -35,7 +35,7 @@ VOLUME_WINDOW = 20
 VOLUME_MIN_KNOWN = 10
 TREND_RATIO = 0.5  # efficiency ratio from which a market is called trending
 REVERSION_RHO = -0.2  # lag-1 autocorrelation below which it is called mean reverting
-WARM_BARS = 30
+WARM_BARS = BREAKOUT_WINDOW + 1  # the regime needs that many before the bar itself
 MAX_GAP_BARS = 60  # a longer silence leaves no usable history: the indicators start anew
 CLIP = 5.0
 
