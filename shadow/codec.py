@@ -42,6 +42,8 @@ from rlv3.events import (
 from shadow.records import Entry, iso, record_id
 
 MAX_BODY_BYTES = 1 << 20
+MAX_DEPTH = 64
+"""Nesting of a body; the decoders' own limits depend on the caller's stack, so on no replay."""
 MAX_ID_CHARS = 256
 """Ids travel verbatim into every output, so a longer one cannot be carried."""
 MAX_TEXT_CHARS = 200
@@ -322,26 +324,49 @@ def _price_reason(number: float | None) -> str:
 
 def _parse(raw: bytes) -> object:
     """Decode JSON or msgpack, told apart by the first byte."""
-    if raw[:1] >= b"\x80":
-        try:
-            # limits every declared length to the bytes that are there
-            value: object = msgpack.unpackb(raw)
-        except (ValueError, OverflowError, RecursionError) as error:
-            raise _unreadable("msgpack", error) from error
-        return value
+    form, read = ("msgpack", _read_msgpack) if raw[:1] >= b"\x80" else ("json", _read_json)
+    try:
+        value = read(raw)
+    except (RecursionError, msgpack.StackError) as error:
+        raise _too_deep() from error
+    except (ValueError, OverflowError) as error:
+        text = _utf8(str(error)[:MAX_TEXT_CHARS])
+        raise _RefusedError(
+            f"payload_not_{form}", f"expected an object in {form}, found: {text}"
+        ) from error
+    _check_depth(value)
+    return value
+
+
+def _read_msgpack(raw: bytes) -> object:
+    # the library refuses every declared length beyond the bytes that are there
+    return msgpack.unpackb(raw)
+
+
+def _read_json(raw: bytes) -> object:
     try:
         return msgspec.json.decode(raw)
-    except (ValueError, RecursionError):
-        pass  # production writes bare NaN and Infinity, which only the slower reader takes
-    try:
+    except ValueError:
+        # production writes bare NaN and Infinity, which only the slower reader takes
         return json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise _unreadable("json", error) from error
 
 
-def _unreadable(form: str, error: Exception) -> _RefusedError:
-    text = _utf8(str(error)[:MAX_TEXT_CHARS])
-    return _RefusedError(f"payload_not_{form}", f"expected an object in {form}, found: {text}")
+def _check_depth(value: object) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> _RefusedError:
+    return _RefusedError("payload_too_deep", f"expected at most {MAX_DEPTH} levels, found more")
 
 
 def _read_body(fields: Mapping[bytes, bytes]) -> _Body:

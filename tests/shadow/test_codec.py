@@ -185,10 +185,14 @@ def test_body_that_is_no_object_is_rejected(body: bytes) -> None:
         (b"{", "payload_not_json"),
         (b"   ", "payload_not_json"),
         (b'{"symbol": "\xff\xfe", "price": 1}', "payload_not_json"),
-        (b"[" * 200_000, "payload_not_json"),
-        (b'{"a":' * 200_000, "payload_not_json"),
+        (b"[" * 200_000, "payload_too_deep"),
+        (b'{"a":' * 200_000, "payload_too_deep"),
+        (b'{"a":' * 65 + b"1" + b"}" * 65, "payload_too_deep"),
+        (b'{"a":' * 64 + b"1" + b"}" * 64, "missing_symbol"),
         (b"1" * 5_000, "payload_not_json"),
-        (b"\x91" * 200_000, "payload_not_msgpack"),
+        (b"\x91" * 200_000, "payload_too_deep"),
+        (b"\x81\xa1a" * 65 + b"\x01", "payload_too_deep"),
+        (b"\x81\xa1a" * 64 + b"\x01", "missing_symbol"),
         (b"\xdf\xff\xff\xff\xff", "payload_not_msgpack"),  # 4 G pairs declared, none there
         (b"\xdd\xff\xff\xff\xff", "payload_not_msgpack"),  # 4 G items
         (b"\xc6\xff\xff\xff\xff", "payload_not_msgpack"),  # 4 GiB of bytes
