@@ -10,7 +10,11 @@ from types import ModuleType
 from typing import get_args
 
 import pytest
+from typer.main import get_command
 
+import rlv3.cli
+import shadow.cli
+import worker.cli
 from rlv3.features import FEATURES
 from shadow import records
 from worker.keys import INPUTS, OPTIONAL_INPUTS, Keys
@@ -93,3 +97,47 @@ def test_constraints_pin_every_dependency_exactly() -> None:
             name = re.split(r"[<>=;\[ ]", requirement)[0].lower()
             assert name in names | {project["name"]}, name
     assert "setuptools" in names
+
+
+PROGRAMS = {
+    "rlv3": get_command(rlv3.cli.app),
+    "rlv3-worker": get_command(worker.cli.app),
+    "rlv3-shadow": get_command(shadow.cli.app),
+}
+
+
+def options_of(program: str, command: str) -> set[str]:
+    """Return every option of a command, without the shorthand of `--help`."""
+    return {opt for param in PROGRAMS[program].commands[command].params for opt in param.opts}
+
+
+def test_readme_names_every_command_and_no_other() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    named: dict[str, set[str]] = {program: set() for program in PROGRAMS}
+    for cell in re.findall(r"^\| (`rlv3[^|]*) \|", text, re.MULTILINE):
+        program, *commands = re.findall(r"[a-z][a-z0-9-]*", cell)
+        named[program].update(commands)
+    assert named == {program: set(group.commands) for program, group in PROGRAMS.items()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_command_lines_use_options_that_exist(page: Path) -> None:
+    wrong = []
+    for line in re.findall(
+        r"(?:^    |`)((?:rlv3|rlv3-\w+) [^`\n]+)", page.read_text("utf-8"), re.MULTILINE
+    ):
+        program, command, *rest = line.split()
+        if command.rstrip(",") not in PROGRAMS[program].commands:
+            continue  # a list of commands; the README's is checked above
+        known = options_of(program, command.rstrip(",")) | {"--help"}
+        wrong += [f"{line}: {word}" for word in rest if word.startswith("--") and word not in known]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("unit", sorted((ROOT / "deploy" / "systemd").glob("*.service")))
+def test_units_start_a_command_with_options_that_exist(unit: Path) -> None:
+    line = re.search(r"^ExecStart=\S+/(\S+) (.*)$", unit.read_text("utf-8"), re.MULTILINE)
+    assert line is not None
+    command, *rest = line[2].split()
+    options = {word for word in rest if word.startswith("--")}
+    assert options <= options_of(line[1], command)
