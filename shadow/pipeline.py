@@ -177,6 +177,7 @@ class Pipeline:
         self._changed: set[tuple[str, str]] = set()
         self._touched: dict[str, SymbolState] = {}
         self._now_ms = 0.0
+        self._conflating = False
 
     # -- a run's life ----------------------------------------------------------------------------
 
@@ -310,6 +311,7 @@ class Pipeline:
             conflate: decide only the newest advisory tick per symbol; the others are counted.
         """
         self._now_ms = now_ms
+        self._conflating = conflate
         cursors: dict[str, str] = {}
         settings = self.settings
         taken = 0
@@ -704,13 +706,14 @@ class Pipeline:
             newest = {job.state.symbol: job.slot for job in jobs}
             dropped = [job for job in jobs if newest[job.state.symbol] != job.slot]
             jobs = [job for job in jobs if newest[job.state.symbol] == job.slot]
-            for job in jobs:
-                self._count(job.ref.event_type, "decided")
             for job in dropped:
                 self._count(job.ref.event_type, "conflated")
             if dropped:
                 ids = tuple(f"{job.ref.stream}|{job.ref.entry_id}" for job in dropped)
                 self._ledger("conflated", dropped[-1].ref.id_ms // 60_000, ids)
+        if self._conflating:  # whether they would be decided was open until now
+            for job in jobs:
+                self._count(job.ref.event_type, "decided")
         obs = self.policy.normaliser.apply([j.raw for j in jobs], [j.missing for j in jobs])
         actions, probs, values = self.policy.decide(obs, [j.mask for j in jobs])
         for job, action, prob, value in zip(
