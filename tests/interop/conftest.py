@@ -58,9 +58,9 @@ class Program:
 class Bus:
     """A Redis as its other users see it."""
 
-    def __init__(self, url: str, keys: Keys = Keys()) -> None:
+    def __init__(self, url: str) -> None:
         self.url = url
-        self.keys = keys
+        self.keys = Keys()
         self.link = redis.Redis.from_url(url)
 
     def add(self, entries: Iterable[Entry]) -> None:
@@ -143,8 +143,8 @@ def open_bus() -> Iterator[Callable[..., Bus]]:
     """Look at any other server."""
     opened: list[Bus] = []
 
-    def look(url: str, keys: Keys = Keys()) -> Bus:
-        opened.append(Bus(url, keys))
+    def look(url: str) -> Bus:
+        opened.append(Bus(url))
         return opened[-1]
 
     yield look
