@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import msgspec
 from redis.asyncio import ConnectionPool
@@ -93,8 +93,8 @@ class Start(NamedTuple):
     counts: dict[tuple[str, str], int]
     policy: str
     """Digest of the artifact in force, or empty."""
-    settings: str
-    """Fingerprint of the settings in force, or empty."""
+    frozen: str
+    """What the last owner froze for its run (JSON), or empty."""
 
 
 class Server(NamedTuple):
@@ -123,8 +123,7 @@ _ACQUIRE, _COMMIT, _TRIM = _Script("acquire.lua"), _Script("commit.lua"), _Scrip
 def shown(url: str) -> str:
     """Return a URL without its password."""
     parts = urlsplit(url)
-    place = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, place, parts.path, "", ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def entry_key(entry_id: str) -> tuple[int, int]:
@@ -338,7 +337,7 @@ class Bus:
             cells=await self._load_cells([symbol.decode() for symbol in reply[5]]),
             counts=_counts(meta),
             policy=meta.get(b"policy", b"").decode(),
-            settings=meta.get(b"settings", b"").decode(),
+            frozen=meta.get(b"frozen", b"").decode(),
         )
 
     async def _last_ids(self) -> dict[str, str | None]:

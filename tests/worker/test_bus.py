@@ -124,11 +124,11 @@ def test_restart_loads_cells_counters_and_fields(redis_server) -> None:
         async with opened(redis_server.url) as bus:
             await acquire(bus)
             cells = {"": {"own": b"\x00\xff"}, "BTCUSDT": {"open": b"o", "d1": b"d"}}
-            await bus.commit(a_commit("a", cells=cells), meta={"policy": "p", "settings": "s"})
+            await bus.commit(a_commit("a", cells=cells), meta={"policy": "p", "frozen": "{}"})
             start = await acquire(bus)
             assert start.cells == cells
             assert start.counts == {("market.tick", "decided"): 1}
-            assert (start.seq, start.policy, start.settings) == (1, "p", "s")
+            assert (start.seq, start.policy, start.frozen) == (1, "p", "{}")
             assert (start.added, start.gap) == ([], "")
 
     asyncio.run(play())

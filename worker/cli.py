@@ -1,0 +1,176 @@
+"""Command line of the daemon and its companions: `rlv3-worker`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvloop
+
+from rlv3 import console
+from worker.config import WorkerConfig, load_config
+
+app = typer.Typer(
+    name="rlv3-worker",
+    help="The shadow of RL v2: reads the bus, decides, compares. It never trades.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Url = Annotated[
+    str | None, typer.Option(help="Redis of source and sink. (env: REDIS_URL, REDIS_HOST …)")
+]
+SourceUrl = Annotated[
+    str | None, typer.Option(help="Redis of the input streams; it sees nothing but reads.")
+]
+SinkUrl = Annotated[
+    str | None, typer.Option(help="Redis of our outputs and state, where it is another one.")
+]
+Prefix = Annotated[
+    str | None, typer.Option(help="First part of every key. (env: RLV3_PREFIX) (default: quantum)")
+]
+
+
+@app.command()
+def run(
+    redis_url: Url = None,
+    source_url: SourceUrl = None,
+    sink_url: SinkUrl = None,
+    prefix: Prefix = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(help="More input streams, comma-separated, or `all`."),
+    ] = None,
+    tick_sources: Annotated[
+        str | None, typer.Option(help="Sources whose ticks count, comma-separated. (default: all)")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Artifact that decides. (default: the shipped one)")
+    ] = None,
+    allow_untrained: Annotated[
+        bool | None, typer.Option("--allow-untrained", help="Serve a policy that never trained.")
+    ] = None,
+    rl_v2: Annotated[
+        str | None,
+        typer.Option(help="Who plays RL v2: reference, bus or off. (default: reference)"),
+    ] = None,
+    rl_v2_tables: Annotated[
+        str | None, typer.Option(help="Directory of RL v2's Q-tables. (default: the shipped ones)")
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="Payload of our entries: json or msgpack. (default: json)")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Where a first start begins: new or oldest. (default: new)")
+    ] = None,
+    max_event_age: Annotated[
+        str | None, typer.Option(help="Seconds until an event is stale, or off. (default: 120)")
+    ] = None,
+    conflate_after: Annotated[
+        str | None,
+        typer.Option(help="Lag in ms that conflates advisory decisions, or off. (default: 1000)"),
+    ] = None,
+    on_gap: Annotated[
+        str | None,
+        typer.Option(
+            help="When state is missing: resume-oldest, resume-latest or fail. "
+            "(default: resume-oldest)"
+        ),
+    ] = None,
+    latency_ms: Annotated[
+        str | None, typer.Option(help="Delay of an order's fill, for both policies. (default: 250)")
+    ] = None,
+    max_batch: Annotated[
+        str | None, typer.Option(help="Events per commit; changes no result. (default: 64)")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with the same names. (env: RLV3_CONFIG)")
+    ] = None,
+) -> None:
+    """Run the daemon until SIGTERM.
+
+    Flags beat the environment (RLV3_PREFIX, RLV3_INPUTS …), which beats the file.
+    """
+    flags = {name: value for name, value in locals().items() if name != "config"}
+    from worker import logs, service
+
+    settings = load_config(flags, os.environ, config)
+    uvloop.run(service.run(settings, logs.configure(settings.log_level)))
+
+
+@app.command()
+def collect(
+    store: Annotated[Path, typer.Option(help="Directory of the store; made when missing.")],
+    redis_url: Url = None,
+    prefix: Prefix = None,
+) -> None:
+    """Drain our decisions and comparisons into Parquet, until SIGTERM."""
+    from worker import collector
+
+    where = _where(redis_url, prefix)
+    asyncio.run(collector.collect(where.sink_url, where.prefix, store))
+
+
+@app.command()
+def record(
+    out: Annotated[Path, typer.Option(help="Directory of the recording; made when missing.")],
+    redis_url: Url = None,
+    source_url: SourceUrl = None,
+    sink_url: SinkUrl = None,
+    prefix: Prefix = None,
+) -> None:
+    """Keep raw input, our outputs, artifacts and the starting state, until SIGTERM."""
+    from worker import recorder
+
+    where = _where(redis_url, prefix, source_url=source_url, sink_url=sink_url)
+    asyncio.run(recorder.record(where.source_url, where.sink_url, where.prefix, out))
+
+
+@app.command()
+def audit(
+    recording: Annotated[Path, typer.Option(help="Directory that `record` wrote.")],
+    rl_v2_tables: Annotated[
+        Path | None, typer.Option(help="RL v2's Q-tables, where they were not the shipped ones.")
+    ] = None,
+) -> None:
+    """Fold a recording again and compare every decision; exit 4 when one differs."""
+    from worker import audit as audit_
+
+    audit_.show(audit_.audit(recording, rl_v2_tables))
+
+
+@app.command()
+def demo(
+    seconds: Annotated[
+        float, typer.Option(min=1.0, help="How long the replay takes; start and report are extra.")
+    ] = 30.0,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Replay real bars from a CSV or Parquet file; once per symbol."),
+    ] = None,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(help="Use this Redis under a prefix of its own; all of it is removed."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New directory for store, recording, logs and report.")
+    ] = None,
+) -> None:
+    """Run the whole product on one screen: Redis, worker, collector, recorder, audit and report."""
+    from worker import demo as demo_
+
+    demo_.command(seconds, data, redis_url, out)
+
+
+def _where(redis_url: str | None, prefix: str | None, **urls: str | None) -> WorkerConfig:
+    """Resolve where Redis is as `run` does: flag, then environment, then file."""
+    return load_config({"redis_url": redis_url, "prefix": prefix, **urls}, os.environ)
+
+
+def main() -> None:
+    """Run the command line."""
+    console.run(app)

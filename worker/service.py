@@ -1,0 +1,429 @@
+"""How does the daemon live: start where the last one stopped, fold what arrives, drain, stop?
+
+One loop, no queues between its steps:
+
+    read -> pipeline.run -> commit        (until the entries read are folded)
+    tend                                  (heartbeat, trimming: every few seconds)
+    wait                                  (only when there was nothing to read)
+
+The pipeline's memory is ahead of Redis by at most the commit in hand. When Redis goes away that
+very commit is repeated until it is applied, so memory and Redis never disagree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlv3.errors import PolicyError
+from rlv3.policy import Policy
+from shadow.pipeline import Pipeline, Settings
+from shadow.records import Commit, Entry, decode_comparison
+from shadow.rl_v2 import QTables
+from shadow.symbol import StateError
+from worker.bus import Batch, Bus, BusError, Start, StateLost
+from worker.config import WorkerConfig
+from worker.errors import RedisUnavailable
+from worker.keys import Keys
+from worker.logs import Log, log_comparison
+
+READ_COUNT = 256
+"""Entries asked of each stream at a time."""
+HISTORY = 10_000
+"""Entries of klines, then of ticks, that warm up a first start: all that production retains."""
+BEAT_S = 3.0
+TRIM_S = 1.0
+TRIM_OUTPUTS = 1_500
+"""Below what one call may trim, so that the streams stay bounded at any rate."""
+HEARTBEAT_LINE_S = 60.0
+BACKOFF_S = (0.05, 2.0)
+"""First and longest pause while Redis is away."""
+AWAY_LINE_S = 60.0
+LATENCY_SAMPLES = 4_096
+_LOGGED_KINDS = (b'{"kind":"pair"', b'{"kind":"unpaired"', b'{"kind":"outcome"', b'{"kind":"bar"')
+
+T = TypeVar("T")
+
+
+class _Stopped(Exception):
+    """Asked to stop while Redis was away."""
+
+
+def load_policy(config: WorkerConfig) -> Policy:
+    """Read the artifact and refuse one that was never trained.
+
+    Raises:
+        PolicyError: it cannot be used, or has no training steps and `allow_untrained` is off.
+    """
+    policy = Policy.load(config.policy)
+    if policy.trained_steps == 0 and not config.allow_untrained:
+        raise PolicyError(
+            f"{config.policy}: expected a trained policy, found 0 training steps in its "
+            "provenance; --allow-untrained serves it all the same"
+        )
+    return policy
+
+
+def settings_of(config: WorkerConfig) -> Settings:
+    """Return what the pipeline freezes for a run."""
+    return Settings(
+        latency_ms=config.latency_ms,
+        rl_v2=config.rl_v2,
+        tick_sources=config.tick_sources,
+        max_event_age_s=config.max_event_age,
+        max_events=config.max_batch,
+    )
+
+
+async def run(config: WorkerConfig, log: Log) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: with the exit code of the design; one sentence.
+    """
+    policy = load_policy(config)
+    tables = QTables.load(config.rl_v2_tables) if config.rl_v2 == "reference" else None
+    bus = Bus(
+        config.source_url,
+        config.sink_url,
+        Keys(config.prefix),
+        config.inputs,
+        codec=config.codec,
+        decisions_cap=config.decisions_cap,
+        comparisons_cap=config.comparisons_cap,
+        dlq_cap=config.dlq_cap,
+    )
+    worker = Worker(config, bus, policy, tables, log)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.stop)
+    try:
+        await worker.run()
+    finally:
+        await bus.close()
+
+
+class Worker:
+    """One process: its pipeline, its bus and its counters."""
+
+    def __init__(
+        self, config: WorkerConfig, bus: Bus, policy: Policy, tables: QTables | None, log: Log
+    ) -> None:
+        self.config = config
+        self.bus = bus
+        self.policy = policy
+        self.tables = tables
+        self.log = log
+        self.settings = settings_of(config)
+        self.pipeline = self._new_pipeline()
+        self._stopping = asyncio.Event()
+        self._lag_ms = 0.0
+        self._ahead = 0
+        self._dropped = 0
+        self._latencies: deque[float] = deque(maxlen=LATENCY_SAMPLES)
+        self._outputs_since_trim = 0
+        self._trimmed_at = self._beat_at = -math.inf
+        self._line_at = time.monotonic()
+        self._meta = {
+            "policy": policy.digest,
+            "frozen": _frozen(self.settings, tables, config.inputs),
+        }
+
+    def stop(self) -> None:
+        """Finish the commit in hand and return from `run`."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Start, serve and drain; start again should Redis lose our state under us."""
+        await self.bus.connect()
+        for server in self.bus.servers:
+            self.log.info(
+                "REDIS_CONNECTED",
+                msg=f"Redis {'.'.join(map(str, server.version))} at {server.url}",
+                tier=server.tier,
+            )
+        while not self._stopping.is_set():
+            try:
+                await self._serve()
+            except StateLost as error:
+                self.log.error("STATE_LOST", msg=f"{error}; starting again from what is there")
+            except _Stopped as error:
+                raise RedisUnavailable(
+                    f"stopped while Redis was away ({error.__cause__}); what was not committed is "
+                    "folded again at the next start"
+                ) from error
+
+    async def _serve(self) -> None:
+        await self._start()
+        while not self._stopping.is_set():
+            batch = await self._persist(lambda: self.bus.read(READ_COUNT))
+            self._lag_ms = batch.lag_ms
+            if batch.entries:
+                await self._fold(batch)
+            else:
+                await self._until_stopped(self._persist(self.bus.wait))
+            await self._tend()
+        await self._persist(self._committing(self.pipeline.stop()))
+        self._log_heartbeat()
+        self.log.info("WORKER_STOPPED", msg="drained", commits=self.bus.seq)
+
+    # -- start ------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        """Continue from what the last owner committed; on a first start, begin a run."""
+        config = self.config
+        start = await self.bus.acquire(
+            start=config.start,
+            on_gap=config.on_gap,
+            owner=f"pid {os.getpid()} on {socket.gethostname()}",
+        )
+        self._log_start(start)
+        self.pipeline = self._new_pipeline()
+        self.pipeline.counts.update(start.counts)
+        forget = self._restore(start)
+        try:
+            await self.bus.store_artifact(self.policy.digest, self.policy.source)
+            first = await self._first_commit(start)
+        except BusError as error:
+            raise RedisUnavailable(f"expected Redis to serve the start, found: {error}") from error
+        if first is not None:
+            await self._persist(self._committing(first, forget))
+        self.log.info(
+            "WORKER_STARTED",
+            msg="continues" if start.seq else "first start",
+            epoch=start.epoch,
+            run_id=self.pipeline.run_id,
+            policy=self.policy.digest,
+            symbols=len(self.pipeline.symbols),
+            cursors=dict(self.bus.cursors),
+        )
+
+    def _restore(self, start: Start) -> list[str]:
+        """Load the stored cells; returns the symbols whose damaged state must go."""
+        try:
+            damaged = self.pipeline.restore(start.cells)
+        except StateError as error:
+            self.log.error("STATE_DAMAGED", msg=f"the pipeline's own state: {error}")
+            self.pipeline = self._new_pipeline()
+            self.pipeline.counts.update(start.counts)
+            damaged = self.pipeline.restore({k: v for k, v in start.cells.items() if k})
+        for symbol in damaged:
+            self.log.error("STATE_DAMAGED", msg="restarts cold and flat", symbol=symbol)
+        return damaged
+
+    async def _first_commit(self, start: Start) -> Commit | None:
+        """Return what must be committed before the first entry is read, if anything."""
+        rules = _rules(self._meta["frozen"])
+        if start.seq and start.policy not in ("", self.policy.digest):
+            self.log.warning(
+                "POLICY_CHANGED",
+                msg="another artifact than the committed one decides from here on: a new run",
+                committed=start.policy,
+                policy=self.policy.digest,
+            )
+        elif start.frozen and _rules(start.frozen) != rules:
+            self.log.warning("SETTINGS_CHANGED", msg="other settings than committed: a new run")
+        elif start.frozen and self.pipeline.run_id:
+            return Commit([], {}, {}, {}, 0) if start.added else None
+        commit = self.pipeline.begin(self.bus.cursors)
+        return commit if start.cells else _joined(commit, await self._warm_up())
+
+    async def _warm_up(self) -> Commit:
+        """Fold retained candles, then ticks, up to the cursors: outside all counts."""
+        entries: list[Entry] = []
+        for event_type in ("market.klines", "market.tick"):
+            if event_type in self.config.inputs:
+                newest = self.bus.cursors[self.bus.keys.stream(event_type)]
+                entries += await self.bus.history(event_type, newest, HISTORY)
+        return self.pipeline.warm_up(entries)
+
+    def _new_pipeline(self) -> Pipeline:
+        return Pipeline(self.policy, self.tables, self.settings, self.config.inputs)
+
+    # -- the loop's steps -------------------------------------------------------------------------
+
+    async def _fold(self, batch: Batch) -> None:
+        """Fold the entries of one reading, a commit at a time."""
+        if batch.ahead:
+            self._ahead += batch.ahead
+            self.log.warning(
+                "CLOCK_AHEAD",
+                msg="entry ids more than 1 s ahead of Redis's clock, folded as read",
+                entries=batch.ahead,
+            )
+        entries = batch.entries
+        while entries and not self._stopping.is_set():
+            self._lag_ms = max(0.0, self.bus.server_ms() - entries[0].id_ms)
+            after = self.config.conflate_after
+            commit = self.pipeline.run(
+                entries,
+                now_ms=time.time() * 1000,
+                conflate=after is not None and self._lag_ms > after,
+            )
+            await self._persist(self._committing(commit))
+            self._note(commit, entries[: commit.taken])
+            entries = entries[commit.taken :]
+
+    def _committing(
+        self, commit: Commit, forget: list[str] | None = None
+    ) -> Callable[[], Awaitable[str]]:
+        meta = {**self._meta, "run_id": self.pipeline.run_id}
+        return lambda: self.bus.commit(commit, meta=meta, forget=forget or ())
+
+    def _note(self, commit: Commit, taken: list[Entry]) -> None:
+        """Keep the figures of an applied commit, and log what it compared."""
+        now_ms = self.bus.server_ms()
+        self._latencies.extend(now_ms - entry.id_ms for entry in taken)
+        self._outputs_since_trim += len(commit.outputs)
+        for output in commit.outputs:
+            if output.payload.startswith(_LOGGED_KINDS):
+                log_comparison(self.log, decode_comparison(output.payload))
+
+    async def _tend(self) -> None:
+        """Renew the heartbeat key, trim our streams, write the minute's line: what is due."""
+        now = time.monotonic()
+        if now - self._beat_at >= BEAT_S:
+            self._beat_at = now
+            await self._persist(self.bus.beat)
+        if now - self._trimmed_at >= TRIM_S or self._outputs_since_trim >= TRIM_OUTPUTS:
+            self._trimmed_at, self._outputs_since_trim = now, 0
+            dropped = await self._persist(self.bus.trim)
+            if dropped:
+                self._dropped += dropped
+                self.log.warning(
+                    "OUTPUT_DROPPED",
+                    msg="the hard cap removed entries that no collector had stored",
+                    entries=dropped,
+                )
+        if now - self._line_at >= HEARTBEAT_LINE_S:
+            self._line_at = now
+            self._log_heartbeat()
+
+    # -- trouble ----------------------------------------------------------------------------------
+
+    async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Repeat one step until Redis does it: at loss, once a minute and at return it is logged.
+
+        Raises:
+            _Stopped: asked to stop while Redis is away.
+        """
+        pause = BACKOFF_S[0]
+        lost_at = said_at = None
+        while True:
+            try:
+                result = await attempt()
+            except BusError as error:
+                now = time.monotonic()
+                lost_at = lost_at or now
+                if said_at is None or now - said_at >= AWAY_LINE_S:
+                    said_at = now
+                    self.log.warning(
+                        "REDIS_LOST",
+                        msg=f"waiting for Redis: {error}",
+                        away_s=round(now - lost_at, 1),
+                    )
+                if self._stopping.is_set():
+                    raise _Stopped from error
+                await self._until_stopped(asyncio.sleep(pause))
+                pause = min(2 * pause, BACKOFF_S[1])
+            else:
+                if lost_at is not None:
+                    away_s = round(time.monotonic() - lost_at, 1)
+                    self.log.info("REDIS_RETURNED", msg="goes on where it stopped", away_s=away_s)
+                return result
+
+    async def _until_stopped(self, work: Awaitable[object]) -> None:
+        """Await something that may be abandoned when we are asked to stop."""
+        task = asyncio.ensure_future(work)
+        stop = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+        elif task.exception() is not None:
+            await task
+
+    # -- log lines --------------------------------------------------------------------------------
+
+    def _log_start(self, start: Start) -> None:
+        if start.gap:
+            self.log.error(
+                "STATE_GAP", msg=f"{start.gap}; continues as --on-gap {self.config.on_gap} says"
+            )
+        for stream in start.absent:
+            self.log.warning(
+                "STREAM_ABSENT", msg=f"{stream} does not exist; it is read when it appears"
+            )
+
+    def _log_heartbeat(self) -> None:
+        self.log.info("WORKER_HEARTBEAT", msg="alive", **self.figures())
+
+    def figures(self) -> dict[str, Any]:
+        """Return the minute's figures as plain values."""
+        totals: dict[str, dict[str, int]] = {}
+        for (event_type, outcome), count in sorted(self.pipeline.counts.items()):
+            totals.setdefault(event_type, {})[outcome] = count
+        ordered = sorted(self._latencies)
+        return {
+            "events_total": totals,
+            "lag_ms": round(self._lag_ms, 1),
+            "latency_ms_p50": _quantile(ordered, 0.50),
+            "latency_ms_p99": _quantile(ordered, 0.99),
+            "ahead_total": self._ahead,
+            "dropped_total": self._dropped,
+            "commits": self.bus.seq,
+            "rss_mb": _rss_mb(),
+            **self.pipeline.snapshot(),
+        }
+
+
+def _joined(first: Commit, second: Commit) -> Commit:
+    """Return two commits as one; neither takes entries."""
+    cells = {symbol: dict(changed) for symbol, changed in first.cells.items()}
+    for symbol, changed in second.cells.items():
+        cells.setdefault(symbol, {}).update(changed)
+    return Commit(
+        first.outputs + second.outputs,
+        cells,
+        first.cursors | second.cursors,
+        first.counts | second.counts,
+        first.taken + second.taken,
+    )
+
+
+def _frozen(settings: Settings, tables: QTables | None, inputs: Sequence[str]) -> str:
+    """Return what an audit needs to build this pipeline again, as JSON."""
+    digest = None if tables is None else tables.digest
+    return json.dumps({"settings": settings.dump(), "tables": digest, "inputs": list(inputs)})
+
+
+def _rules(frozen: str) -> dict[str, Any]:
+    """Return what makes a run another run: settings that change results, and RL v2's tables."""
+    values: dict[str, Any] = json.loads(frozen)
+    settings = {k: v for k, v in values["settings"].items() if k not in ("max_events", "max_bytes")}
+    return {"settings": settings, "tables": values["tables"]}
+
+
+def _quantile(ordered: list[float], q: float) -> float | None:
+    if not ordered:
+        return None
+    return round(ordered[min(len(ordered) - 1, int(q * len(ordered)))], 2)
+
+
+def _rss_mb() -> float | None:
+    """Return resident memory in MB where the kernel tells (Linux)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
