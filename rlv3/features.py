@@ -70,7 +70,9 @@ FEATURES: tuple[Feature, ...] = (
     Feature("pnl_ratio", "fraction", "equity / balance - 1", "account", 0.0, 0),
     Feature("regime_trend", "0, 1", "one-hot: |efficiency ratio| >= 0.5", "regime", 0.0, 30),
     Feature("regime_range", "0, 1", "one-hot: none of the others", "regime", 0.0, 30),
-    Feature("regime_breakout", "0, 1", "one-hot: C[t] beyond the last 30 bars", "regime", 0.0, 30),
+    Feature(
+        "regime_breakout", "0, 1", "one-hot: C[t] beyond the last 30 closes", "regime", 0.0, 30
+    ),
     Feature("regime_mean_reversion", "0, 1", "one-hot: lag-1 rho <= -0.2", "regime", 0.0, 30),
     Feature("trend_strength", "-1..1", "(C[t] - C[t-15]) / sum |dC|", "bar", 0.0, 15),
     Feature("volume_ratio", "ratio", "V[t] / mean of the last 20 known", "bar", 1.0, 10),
@@ -129,8 +131,8 @@ class MarketState:
 
     __slots__ = (
         "avg_gain", "avg_loss", "bar_end_us", "bar_us", "close", "closed_missing", "closed_raw",
-        "closes", "ema_fast", "ema_slow", "high", "highs", "last_price", "last_side", "last_ts_us",
-        "low", "lows", "n_bars", "open", "quote_spread", "side_n", "side_spread", "volume",
+        "closes", "ema_fast", "ema_slow", "high", "last_price", "last_side", "last_ts_us",
+        "low", "n_bars", "open", "quote_spread", "side_n", "side_spread", "volume",
         "volumes", "_hi", "_lo", "_path", "_r_last", "_sum_r", "_sum_r2", "_sum_rr", "_vol_mean",
     )  # fmt: skip
 
@@ -150,8 +152,6 @@ class MarketState:
     def _cold_start(self) -> None:
         self.n_bars = 0
         self.closes: list[float] = []
-        self.highs: list[float] = []
-        self.lows: list[float] = []
         self.volumes: list[float | None] = []
         self.avg_gain = self.avg_loss = 0.0
         self.ema_fast = self.ema_slow = 0.0
@@ -232,16 +232,14 @@ class MarketState:
             self._cold_start()
             self.quote_spread = None
             return bar
-        self.append(self.high, self.low, self.close, self.volume, end)
+        self.append(self.close, self.volume, end)
         for k in range(1, empty + 1):
             # nobody traded: the price stands and the volume is a known zero, if volume is known
             quiet = None if bar.volume is None else 0.0
-            self.append(self.close, self.close, self.close, quiet, end + k * self.bar_us)
+            self.append(self.close, quiet, end + k * self.bar_us)
         return bar
 
-    def append(
-        self, high: float, low: float, close: float, volume: float | None, end_us: int
-    ) -> None:
+    def append(self, close: float, volume: float | None, end_us: int) -> None:
         """Fold one closed bar: fix its features, then move every window on."""
         self.closed_raw, self.closed_missing = self.features(close, volume, end_us)
         n = self.n_bars
@@ -254,14 +252,9 @@ class MarketState:
             self.ema_slow += (close - self.ema_slow) * (2 / (EMA_SLOW + 1))
         else:
             self.ema_fast = self.ema_slow = close
-        for window, value, size in (
-            (self.closes, close, RETURN_WINDOW),
-            (self.highs, high, BREAKOUT_WINDOW),
-            (self.lows, low, BREAKOUT_WINDOW),
-        ):
-            window.append(value)
-            if len(window) > size:
-                del window[0]
+        self.closes.append(close)
+        if len(self.closes) > BREAKOUT_WINDOW:
+            del self.closes[0]
         self.volumes.append(volume)
         if len(self.volumes) > VOLUME_WINDOW:
             del self.volumes[0]
@@ -270,15 +263,15 @@ class MarketState:
 
     def _derive(self) -> None:
         """Sums over the closed windows, so that `features` is O(1); recomputed, so they never drift."""
-        c = self.closes
+        c = self.closes[-RETURN_WINDOW:]
         returns = [b / a - 1.0 for a, b in itertools.pairwise(c)]
         self._sum_r = math.fsum(returns)
         self._sum_r2 = math.fsum(r * r for r in returns)
         self._sum_rr = math.fsum(a * b for a, b in itertools.pairwise(returns))
         self._r_last = returns[-1] if returns else 0.0
         self._path = math.fsum(abs(b - a) for a, b in itertools.pairwise(c))
-        self._hi = max(self.highs, default=0.0)
-        self._lo = min(self.lows, default=0.0)
+        self._hi = max(self.closes, default=0.0)
+        self._lo = min(self.closes, default=0.0)
         known = [v for v in self.volumes if v is not None]
         mean = math.fsum(known) / len(known) if len(known) >= VOLUME_MIN_KNOWN else 0.0
         self._vol_mean = mean
@@ -327,7 +320,7 @@ class MarketState:
         else:
             missing |= 1 << 4
         if n >= RETURN_WINDOW:
-            base = c[0]
+            base = c[-RETURN_WINDOW]
             raw[2] = price / base - 1.0
             mean = (self._sum_r + r) / RETURN_WINDOW
             second = self._sum_r2 + r * r
@@ -377,8 +370,8 @@ class MarketState:
     def dump_closed(self) -> tuple[Any, ...]:
         """Return what changes when a bar closes, as plain values."""
         return (
-            self.n_bars, self.closes, self.highs, self.lows, self.volumes, self.avg_gain,
-            self.avg_loss, self.ema_fast, self.ema_slow, self.closed_raw, self.closed_missing,
+            self.n_bars, self.closes, self.volumes, self.avg_gain, self.avg_loss,
+            self.ema_fast, self.ema_slow, self.closed_raw, self.closed_missing,
         )  # fmt: skip
 
     def load(self, opened: Sequence[Any], closed: Sequence[Any]) -> None:
@@ -389,10 +382,9 @@ class MarketState:
             self.quote_spread,
         ) = opened  # fmt: skip
         self.n_bars = closed[0]
-        self.closes, self.highs, self.lows = list(closed[1]), list(closed[2]), list(closed[3])
-        self.volumes = list(closed[4])
-        self.avg_gain, self.avg_loss, self.ema_fast, self.ema_slow = closed[5:9]
-        self.closed_raw, self.closed_missing = list(closed[9]), closed[10]
+        self.closes, self.volumes = list(closed[1]), list(closed[2])
+        self.avg_gain, self.avg_loss, self.ema_fast, self.ema_slow = closed[3:7]
+        self.closed_raw, self.closed_missing = list(closed[7]), closed[8]
         self._derive()
 
 
@@ -406,8 +398,6 @@ def regime_of(raw: Sequence[float]) -> str | None:
 
 def feature_matrix(
     end_us: NDArray[np.int64],
-    high: NDArray[np.float64],
-    low: NDArray[np.float64],
     close: NDArray[np.float64],
     volume: NDArray[np.float64] | None = None,
     spread: NDArray[np.float64] | None = None,
@@ -429,8 +419,7 @@ def feature_matrix(
     bar_us = state.bar_us
     for t in range(n):
         state.bar_end_us = int(end_us[t])
-        state.open = state.close = float(close[t])
-        state.high, state.low = float(high[t]), float(low[t])
+        state.close = float(close[t])
         value = math.nan if volume is None else float(volume[t])
         state.volume = None if math.isnan(value) else value
         if spread is not None and not math.isnan(spread[t]):
