@@ -702,18 +702,19 @@ class Pipeline:
         if not jobs:
             return
         self._bytes -= DECISION_BYTES * len(jobs)
+        dropped: list[_Job] = []
         if conflate:
             newest = {job.state.symbol: job.slot for job in jobs}
             dropped = [job for job in jobs if newest[job.state.symbol] != job.slot]
             jobs = [job for job in jobs if newest[job.state.symbol] == job.slot]
             for job in dropped:
                 self._count(job.ref.event_type, "conflated")
-            if dropped:
-                ids = tuple(f"{job.ref.stream}|{job.ref.entry_id}" for job in dropped)
-                self._ledger("conflated", dropped[-1].ref.id_ms // 60_000, ids)
         if self._conflating:  # whether they would be decided was open until now
             for job in jobs:
                 self._count(job.ref.event_type, "decided")
+        if dropped:  # with every entry so far counted, the row says where an audit must cut
+            ids = tuple(f"{job.ref.stream}|{job.ref.entry_id}" for job in dropped)
+            self._ledger("conflated", dropped[-1].ref.id_ms // 60_000, ids)
         obs = self.policy.normaliser.apply([j.raw for j in jobs], [j.missing for j in jobs])
         actions, probs, values = self.policy.decide(obs, [j.mask for j in jobs])
         for job, action, prob, value in zip(
