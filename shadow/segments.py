@@ -40,6 +40,7 @@ _MERGE_AT = 64  # small segments of one table and day that are worth one merge
 _SMALL = 4 << 20  # bytes; larger segments wait for the end of the day
 _GRACE_S = 60.0  # a reader that listed the sources of a merge may still open them for so long
 _ROW_GROUP = 16_384  # rows; bounds the memory of a merge (a decision is about 1 KiB)
+_MAX_OBJECT = 16 << 20  # bytes of a JSON line; DuckDB's default
 _MEMORY_LIMIT = "512MB"
 
 
@@ -177,6 +178,7 @@ class SegmentWriter:
         self._last = {name: parse_id(group.id) for name, group in self.position.groups.items()}
         self._first: dict[str, StreamId] = {}  # of the rows and advances since the last flush
         self._rows: dict[tuple[str, str], list[bytes]] = {}
+        self._bytes = 0
         self._orphans: set[Path] = set()  # written by a flush that then failed
         self._retired: deque[tuple[float, Path]] = deque()
         self._sweep()
@@ -185,6 +187,11 @@ class SegmentWriter:
     def pending(self) -> int:
         """Rows that are not durable yet."""
         return sum(map(len, self._rows.values()))
+
+    @property
+    def pending_bytes(self) -> int:
+        """Memory that these rows take."""
+        return self._bytes
 
     def progress(self, stream: str) -> Progress:
         """Return the progress of a stream's group, which starts at 0-0.
@@ -217,6 +224,7 @@ class SegmentWriter:
     def add(self, table: str, entry_id: StreamId, line: bytes) -> None:
         """Add one JSON line to a table; its stream was advanced to this id just before."""
         self._rows.setdefault((table, day_of(entry_id)), []).append(line)
+        self._bytes += len(line)
 
     def flush(self) -> dict[str, str]:
         """Make everything that was added durable.
@@ -230,6 +238,7 @@ class SegmentWriter:
         written = {self._write(table, day, lines) for (table, day), lines in self._rows.items()}
         self._commit()
         self._rows.clear()
+        self._bytes = 0
         self._first.clear()
         for orphan in self._orphans - written:
             orphan.unlink(missing_ok=True)
@@ -247,6 +256,10 @@ class SegmentWriter:
             for table, segments in self._durable(day)
             if day_of(self._end(table)) > day
         )
+
+    def tidy(self) -> int:
+        """Merge what has piled up and finished days; return how many segments went away."""
+        return self.merge_small() + sum(map(self.compact, self.finished_days()))
 
     def merge_small(self) -> int:
         """Merge the newest small segments where many have piled up; return how many went away."""
@@ -292,7 +305,8 @@ class SegmentWriter:
             columns = ", ".join(f'{sql} AS "{name}"' for name, (_, sql) in spec.columns.items())
             self._copy(
                 f"SELECT {columns} FROM read_json({_quote(source)}, "
-                f"format = 'newline_delimited', columns = {{{fields}}})",
+                f"format = 'newline_delimited', columns = {{{fields}}}, "
+                f"maximum_object_size = {max(_MAX_OBJECT, *map(len, lines)) + 1})",
                 path,
             )
         finally:
@@ -376,6 +390,18 @@ def group_of(stream: str) -> str:
     return stream.rpartition(":")[2]
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory and those above it.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {directory}: {error.strerror}") from error
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Replace a file's content so that a crash leaves the old or the new one, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -392,8 +418,8 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def _lock(directory: Path) -> int:
+    make_directory(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise DataError(f"cannot write to {directory}: {error.strerror}") from error

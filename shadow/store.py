@@ -188,7 +188,7 @@ class StoreWriter:
             raise ValueError(f"expected a stream of {DECISIONS} or {COMPARISONS}, got {stream}")
         parsed = self.segments.advance(stream, entry_id)
         try:
-            record = _decode(group, payload)
+            record = decode_record(group, payload)
             line = _line(entry_id, record)
         except ValueError as error:
             self._reject(stream, parsed, entry_id, payload, str(error))
@@ -223,8 +223,7 @@ class StoreWriter:
         Returns:
             How many segments were merged away.
         """
-        merged = self.segments.merge_small()
-        return merged + sum(map(self.segments.compact, self.segments.finished_days()))
+        return self.segments.tidy()
 
     def close(self) -> None:
         """Let the next writer in; does not flush."""
@@ -349,7 +348,7 @@ def _with_times(table: Table, files: list[Path]) -> str:
     return f"SELECT *, make_timestamp(event_ts_us) AS event_time FROM ({rows})"
 
 
-def _decode(group: str, payload: bytes) -> Decision | Comparison:
+def decode_record(group: str, payload: bytes) -> Decision | Comparison:
     """Read a payload as a record.
 
     Raises:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import Annotated
 
 import structlog
-import typer
 from redis.asyncio import Redis
 
 from rlv3.errors import DataError, UserError
@@ -239,19 +237,3 @@ async def collect(
             await collector.run(stop)
     finally:
         writer.close()
-
-
-def command(
-    store: Annotated[Path, typer.Option(help="Directory of the store; made when missing.")],
-    redis_url: Annotated[
-        str, typer.Option(envvar="REDIS_URL", help="Where our streams are.")
-    ] = "redis://localhost:6379/0",
-    prefix: Annotated[
-        str, typer.Option(envvar="RLV3_PREFIX", help="Prefix of streams and keys.")
-    ] = "quantum",
-    flush_seconds: Annotated[
-        float, typer.Option(min=0.01, help="Longest time a row stays in memory only.")
-    ] = FLUSH_S,
-) -> None:
-    """Drain our decisions and comparisons into Parquet, for ever."""
-    asyncio.run(collect(redis_url, prefix, store, flush_s=flush_seconds))

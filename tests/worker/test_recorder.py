@@ -1,0 +1,391 @@
+"""A recording holds all that the worker saw, and an audit of it finds every answer again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pytest
+import redis
+
+from rlv3.errors import DataError
+from rlv3.features import Normaliser
+from rlv3.policy import build_artifact
+from shadow.segments import list_segments, read_position
+from worker import logs
+from worker.audit import Audit, audit, show
+from worker.bus import Bus
+from worker.config import WorkerConfig
+from worker.embedded import RedisServer, leashed
+from worker.errors import CheckFailed
+from worker.keys import Keys
+from worker.recorder import load_snapshot, record
+from worker.service import Worker, load_policy
+
+KEYS = Keys()
+T0 = 1_700_000_040_000  # a bar boundary
+Fields = dict[str, str]
+Feed = list[tuple[str, str, Fields]]
+PROGRAM = """
+import asyncio, sys
+from pathlib import Path
+from worker.recorder import record
+asyncio.run(record(sys.argv[1], sys.argv[1], "quantum", Path(sys.argv[2])))
+"""
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy with random weights, lively enough to trade."""
+    rng = np.random.default_rng(3)
+    tensors = {}
+    for net, head in (("policy", 6), ("value", 1)):
+        for layer, fan_in, fan_out in (("0", 64, 128), ("2", 128, 128), ("4", 128, head)):
+            weight = rng.normal(0, 0.5 * np.sqrt(2 / fan_in), (fan_out, fan_in))
+            tensors[f"{net}.{layer}.weight"] = weight.astype(np.float32)
+            tensors[f"{net}.{layer}.bias"] = rng.normal(0, 0.5, fan_out).astype(np.float32)
+    path = tmp_path_factory.mktemp("policy") / "policy.safetensors"
+    path.write_bytes(
+        build_artifact(
+            tensors,
+            Normaliser(np.zeros(18), np.full(18, 1e-3)),
+            training={"steps": 1, "seed": 3},
+            quantiles={},
+            mask_rule="design",
+            step_seconds=60,
+        )
+    )
+    return path
+
+
+def feed(seed: int, minutes: int = 25) -> Feed:
+    """Ticks of two symbols with signals, v2 decisions and bad entries, in id order."""
+    rng = np.random.default_rng(seed)
+    prices = {"AAAUSDT": 100.0, "BBBUSDT": 0.01}
+    entries: Feed = []
+    for number, ms in enumerate(range(T0, T0 + minutes * 60_000, 2_500)):
+        for seq, symbol in enumerate(prices):
+            prices[symbol] *= float(np.exp(rng.normal(0, 1e-3)))
+            price = prices[symbol] if rng.random() > 0.01 else -1.0
+            stamp = ms - (40_000 if rng.random() < 0.02 else 0)
+            body: dict[str, Any] = {
+                "symbol": symbol, "price": price, "qty": 1.0, "timestamp": stamp / 1000
+            }  # fmt: skip
+            entries.append(envelope("market.tick", f"{ms}-{seq}", body))
+            if rng.random() < 0.05:
+                side = "BUY" if rng.random() < 0.5 else "SELL"
+                body = {
+                    "symbol": symbol, "side": side, "confidence": 0.7, "timestamp": ms / 1000
+                }  # fmt: skip
+                entries.append(envelope("signal.generated", f"{ms}-{seq}", body))
+            if rng.random() < 0.03:
+                body = {
+                    "schema_version": 1, "decision_id": f"v2-{number}-{seq}", "symbol": symbol,
+                    "kind": "combined", "strategy": "dual_momentum", "model": "lstm",
+                    "weight": 1.25, "size_multiplier": 1.5, "leverage": 5, "signal_side": "BUY",
+                    "signal_confidence": 0.8, "provenance": "q_table", "event_ts": ms / 1000,
+                    "timestamp": ms / 1000,
+                }  # fmt: skip
+                entries.append(envelope("rl_v2.decision", f"{ms}-{seq}", body))
+    return entries
+
+
+def envelope(event_type: str, entry_id: str, body: dict[str, Any]) -> tuple[str, str, Fields]:
+    fields = {
+        "event_type": event_type, "payload": json.dumps(body), "trace_id": "",
+        "correlation_id": f"{event_type}-{entry_id}", "timestamp": "", "source": "test",
+    }  # fmt: skip
+    return KEYS.stream(event_type), entry_id, fields
+
+
+def append(server: RedisServer, entries: Feed) -> None:
+    with redis.Redis.from_url(server.url) as client, client.pipeline(transaction=False) as batch:
+        for stream, entry_id, fields in entries:
+            batch.xadd(stream, fields, id=entry_id)
+        batch.execute()
+
+
+def config_of(server: RedisServer, artifact: Path, **changes: Any) -> WorkerConfig:
+    plain = WorkerConfig(
+        source_url=server.url, sink_url=server.url, policy=artifact, rl_v2="bus", start="oldest",
+        max_event_age=None, conflate_after=None,
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+@asynccontextmanager
+async def working(config: WorkerConfig) -> AsyncIterator[Worker]:
+    """A worker in this loop, stopped in order at the end."""
+    keys = Keys(config.prefix)
+    bus = Bus(config.source_url, config.sink_url, keys, config.inputs)
+    worker = Worker(config, bus, load_policy(config), None, logs.configure("ERROR"))
+    task = asyncio.create_task(worker.run())
+    try:
+        yield worker
+        worker.stop()
+        await task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await bus.close()
+
+
+@asynccontextmanager
+async def recording(config: WorkerConfig, out: Path) -> AsyncIterator[None]:
+    """A recorder in this loop, stopped in order at the end."""
+    stop = asyncio.Event()
+    task = asyncio.create_task(
+        record(config.source_url, config.sink_url, config.prefix, out, stop=stop)
+    )
+    try:
+        yield
+        stop.set()
+        await task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+async def folded(worker: Worker, entries: int) -> None:
+    await until(lambda: sum(worker.pipeline.counts.values()) == entries)
+
+
+def snapshot_taken(out: Path) -> Callable[[], bool]:
+    return (out / "snapshot.msgpack").exists
+
+
+def check_complete(found: Audit, decisions: int) -> None:
+    assert found.examples == []
+    assert found.ok
+    assert found.lost == 0
+    assert found.equal["decision"] == decisions
+
+
+def decided(worker: Worker) -> int:
+    counts = worker.pipeline.counts
+    return sum(n for (_, outcome), n in counts.items() if outcome == "decided")
+
+
+def test_everything_from_the_first_entry_is_found_again(
+    redis_server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    config = config_of(redis_server, artifact)
+    entries = feed(1)
+
+    async def main() -> int:
+        async with recording(config, tmp_path), working(config) as worker:
+            await until(snapshot_taken(tmp_path))
+            for start in range(0, len(entries), 300):
+                append(redis_server, entries[start : start + 300])
+                await asyncio.sleep(0.05)
+            await folded(worker, len(entries))
+        return decided(worker)
+
+    decisions = asyncio.run(main())
+    found = audit(tmp_path)
+    check_complete(found, decisions)
+    assert found.entries == len(entries)
+    assert {"bar", "pair", "v2", "ledger"} <= set(found.equal)
+    show(found)
+
+
+def test_a_recording_may_begin_in_the_middle_and_outlive_the_worker(
+    redis_server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    config = config_of(redis_server, artifact)
+    entries = feed(2)
+    third = len(entries) // 3
+
+    async def main() -> None:
+        append(redis_server, entries[:third])
+        async with working(config) as worker:
+            await folded(worker, third)
+            async with recording(config, tmp_path):
+                await until(snapshot_taken(tmp_path))
+                append(redis_server, entries[third : 2 * third])
+                await folded(worker, 2 * third)
+                worker.stop()
+                async with working(config) as successor:
+                    append(redis_server, entries[2 * third :])
+                    await folded(successor, len(entries))
+
+    asyncio.run(main())
+    found = audit(tmp_path)
+    assert found.ok
+    assert found.entries == len(entries) - third
+    assert sum(load_snapshot(tmp_path).counts.values()) == third
+
+
+def test_decisions_left_out_under_load_are_left_out_again(
+    redis_server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    config = config_of(redis_server, artifact, conflate_after=1.0, max_batch=37)
+    entries = feed(3)
+
+    async def main() -> int:
+        async with recording(config, tmp_path), working(config) as worker:
+            await until(snapshot_taken(tmp_path))
+            append(redis_server, entries)
+            await folded(worker, len(entries))
+        return decided(worker)
+
+    decisions = asyncio.run(main())
+    found = audit(tmp_path)
+    check_complete(found, decisions)
+    assert found.conflated > 100
+    assert found.equal["decision"] + found.conflated > 1_000
+
+
+def test_source_and_sink_may_be_two_servers(
+    redis_server: RedisServer, second_server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    config = config_of(redis_server, artifact, sink_url=second_server.url)
+    entries = feed(4, minutes=5)
+
+    async def main() -> int:
+        async with recording(config, tmp_path), working(config) as worker:
+            await until(snapshot_taken(tmp_path))
+            append(redis_server, entries)
+            await folded(worker, len(entries))
+        return decided(worker)
+
+    decisions = asyncio.run(main())
+    check_complete(audit(tmp_path), decisions)
+
+
+def test_killed_recorder_continues_and_an_interrupted_recording_can_be_audited(
+    redis_server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    config = config_of(redis_server, artifact)
+    entries = feed(5)
+    command = leashed(sys.executable, "-c", PROGRAM, redis_server.url, str(tmp_path))
+    half = len(entries) // 2
+
+    async def main() -> int:
+        async with working(config) as worker:
+            recorder = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
+            await until(snapshot_taken(tmp_path))
+            append(redis_server, entries[:half])
+            await folded(worker, half)
+            await until(lambda: read_position(tmp_path) is not None)
+            append(redis_server, entries[half:])
+            recorder.kill()
+            recorder.wait()
+            interrupted = await asyncio.to_thread(audit, tmp_path)
+            assert interrupted.ok
+            assert interrupted.entries > 0
+            await folded(worker, len(entries))
+            async with recording(config, tmp_path):
+                pass  # a stop takes what is there
+        return decided(worker)
+
+    decisions = asyncio.run(main())
+    check_complete(audit(tmp_path), decisions)
+
+
+def test_a_record_that_nobody_computes_and_a_changed_value_are_found(
+    redis_server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    config = config_of(redis_server, artifact)
+    entries = feed(6, minutes=3)
+
+    async def main() -> None:
+        async with recording(config, tmp_path), working(config) as worker:
+            await until(snapshot_taken(tmp_path))
+            append(redis_server, entries)
+            await folded(worker, len(entries))
+
+    asyncio.run(main())
+    whole = audit(tmp_path)
+    assert whole.ok
+    _change_first_decision(tmp_path, b'"action":', b'"action":1')  # 1 becomes 11, 0 becomes 10
+    found = audit(tmp_path)
+    assert found.different == {"decision": 1}
+    assert "action is" in found.examples[0]
+    _change_first_decision(tmp_path, b'"decision_id":"', b'"decision_id":"forged-')
+    found = audit(tmp_path)
+    assert found.missing == found.unexpected == {"decision": 1}
+    with pytest.raises(CheckFailed, match="found 2 that differ") as caught:
+        show(found)
+    assert caught.value.exit_code == 4
+
+
+def _change_first_decision(recorded: Path, old: bytes, new: bytes) -> None:
+    """Forge the payload of the first recorded decision."""
+    (segments,) = list_segments(recorded, "entries/rl_v3.decision").values()
+    path = segments[0].path
+    with duckdb.connect(":memory:") as connection:
+        connection.execute(f"CREATE TABLE t AS SELECT * FROM '{path}'")
+        (first, names, contents), *_ = connection.execute(
+            "SELECT stream_id, names, contents FROM t LIMIT 1"
+        ).fetchall()
+        at = names.index(b"payload")
+        contents[at] = contents[at].replace(old, new, 1)
+        connection.execute(
+            "UPDATE t SET contents = ?::BLOB[] WHERE stream_id = ?", [contents, first]
+        )
+        connection.execute(f"COPY (FROM t ORDER BY stream_id) TO '{path}' (FORMAT parquet)")
+
+
+def test_binary_fields_survive(redis_server: RedisServer, artifact: Path, tmp_path: Path) -> None:
+    config = config_of(redis_server, artifact)
+    odd = {b"\x00\xff": b"\xfe\x00", b"payload": bytes(range(256)), "ключ".encode(): b""}
+
+    async def main() -> None:
+        async with recording(config, tmp_path), working(config) as worker:
+            await until(snapshot_taken(tmp_path))
+            with redis.Redis.from_url(redis_server.url) as client:
+                client.xadd(KEYS.stream("market.tick"), odd, id=f"{T0}-7")
+                client.xadd(
+                    KEYS.stream("market.tick"), {b"payload": b"x" * (13 << 20)}, id=f"{T0}-8"
+                )
+            await folded(worker, 2)
+
+    asyncio.run(main())
+    with duckdb.connect(":memory:") as connection:
+        rows = connection.execute(
+            f"SELECT stream_id, names, contents FROM '{tmp_path}/entries/market.tick/*/*.parquet'"
+            " ORDER BY ALL"
+        ).fetchall()
+    assert rows[0] == (f"{T0}-7", list(odd), list(odd.values()))
+    assert len(rows[1][2][0]) == 13 << 20
+    assert audit(tmp_path).ok
+
+
+def test_missing_or_damaged_recordings_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a recording"):
+        audit(tmp_path)
+    (tmp_path / "snapshot.msgpack").write_bytes(b"\x93")
+    with pytest.raises(DataError, match="is damaged"):
+        audit(tmp_path)
+
+
+def test_a_recording_of_another_prefix_is_refused(
+    redis_server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    config = config_of(redis_server, artifact)
+
+    async def main() -> None:
+        async with recording(config, tmp_path), working(config):
+            await until(snapshot_taken(tmp_path))
+        with pytest.raises(DataError, match="expected a recording of prefix other"):
+            await record(redis_server.url, redis_server.url, "other", tmp_path)
+
+    asyncio.run(main())
