@@ -1,0 +1,277 @@
+"""Killed, cut off, or started twice: the output is that of one undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlv3.market import simulate
+from rlv3.policy import Policy
+from shadow.history import entries
+from shadow.pipeline import Pipeline
+from shadow.records import (
+    BarRow,
+    Commit,
+    Comparison,
+    Decision,
+    Entry,
+    Output,
+    decode_comparison,
+    decode_decision,
+    encode,
+    iso,
+)
+from shadow.rl_v2 import QTables
+from shadow.store import RECORDS, StoreReader
+from worker.config import load_config
+from worker.embedded import RedisServer
+from worker.keys import INPUTS, Keys
+from worker.service import settings_of
+
+MINUTE_MS = 60_000
+TABLES = {record: table for table, record in RECORDS.items()}
+
+
+def market(bars: int, ticks_per_bar: int) -> list[Entry]:
+    """Ticks and signals of four symbols, all past, and a v2 decision about every signal."""
+    begin_ms = (int(time.time() * 1_000) // MINUTE_MS - bars - 1) * MINUTE_MS
+    series = [
+        simulate("regime_switching", bars, seed=i, symbol=symbol, start_us=begin_ms * 1_000)
+        for i, symbol in enumerate(("AAAUSDT", "BBBUSDT", "CCCUSDT", "DDDUSDT"))
+    ]
+    public = list(entries(series, stream=Keys().stream, ticks_per_bar=ticks_per_bar))
+    signals = [entry for entry in public if entry.event_type == "signal.generated"]
+    return sorted([*public, *v2_decisions(signals)], key=in_order)
+
+
+def in_order(entry: Entry) -> tuple[int, int, int]:
+    ms, _, n = entry.entry_id.partition("-")
+    return int(ms), int(n), INPUTS.index(entry.event_type)
+
+
+def v2_decisions(signals: Sequence[Entry]) -> list[Entry]:
+    """Return a decision three seconds after each signal, joinable by each rule in turn or by none.
+
+    The last kind is about a symbol that nobody else knows.
+    """
+    made = []
+    for i, signal in enumerate(signals):
+        judged = json.loads(signal.fields[b"payload"])
+        ts_us = signal.id_ms * 1_000
+        payload: dict[str, object] = {
+            "schema_version": 1,
+            "decision_id": f"v2-{i}",
+            "symbol": judged["symbol"],
+            "timestamp": iso(ts_us + 3_000_000),
+            "kind": "combined",
+            "strategy": "dual_momentum",
+            "model": "lstm",
+            "weight": (0.5, 1.0, 1.5)[i % 3],
+            "size_multiplier": 1.0,
+            "leverage": 5,
+            "signal_side": judged["side"],
+            "signal_confidence": 0.7,
+            "provenance": "q_table" if judged["symbol"] == "AAAUSDT" else "static_policy",
+        }
+        correlation = ""
+        match i % 6:
+            case 0:
+                payload |= {
+                    "source_stream": signal.stream, "source_entry_id": signal.entry_id,
+                }  # fmt: skip
+            case 1:
+                payload["trace_id"] = judged["trace_id"]
+            case 2:
+                correlation = signal.fields[b"correlation_id"].decode()
+            case 3:
+                payload["event_ts"] = iso(ts_us)
+            case 4:
+                payload["event_ts"] = iso(ts_us - 10_000_000)
+            case _:
+                payload["symbol"] = "NOBODYUSDT"
+        ms, _, n = signal.entry_id.partition("-")
+        fields = {
+            b"event_type": b"rl_v2.decision",
+            b"payload": json.dumps(payload).encode(),
+            b"trace_id": b"",
+            b"correlation_id": correlation.encode(),
+            b"timestamp": b"",
+            b"source": b"rl_v2",
+        }
+        stream = Keys().stream("rl_v2.decision")
+        made.append(Entry(stream, "rl_v2.decision", f"{int(ms) + 3_000}-{n}", fields))
+    return made
+
+
+# -- what should have come out --------------------------------------------------------------------
+
+
+def undisturbed(history: Sequence[Entry], policy: Path) -> tuple[list[Output], dict[str, int]]:
+    """Fold the history in this process, once, from 0-0 to an orderly stop."""
+    config = load_config({"max_event_age": "off"}, {})
+    pipeline = Pipeline(Policy.load(policy), QTables.load(None), settings_of(config), config.inputs)
+    start = pipeline.begin({Keys().stream(name): "0-0" for name in config.inputs})
+    outputs = list(start.outputs)
+    waiting = list(history)
+    while waiting:
+        commit: Commit = pipeline.run(waiting[:64], now_ms=0.0)
+        outputs += commit.outputs
+        del waiting[: commit.taken]
+    outputs += pipeline.stop().outputs
+    return outputs, {f"{name}:{what}": n for (name, what), n in pipeline.counts.items()}
+
+
+def rows_of(outputs: Sequence[Output]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return table -> id -> columns, as the store must hold them."""
+    tables: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in RECORDS}
+    for output in outputs:
+        record: Decision | Comparison
+        if output.event_type == "rl_v3.decision":
+            record = decode_decision(output.payload)
+            identity = record.decision_id
+        else:
+            record = decode_comparison(output.payload)
+            identity = record.record_id
+        columns = json.loads(encode(record))
+        columns.pop("latency_ms", None)
+        if isinstance(record, BarRow):
+            for arm, values in columns.pop("arms").items():
+                columns |= {f"{arm}_{name}": value for name, value in values.items()}
+        if not isinstance(record, Decision):
+            del columns["kind"]
+        assert identity not in tables[TABLES[type(record)]], f"{identity} came twice"
+        tables[TABLES[type(record)]][identity] = columns
+    return tables
+
+
+def rows_in(store: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return table -> id -> columns as the store holds them; every id once."""
+    reader = StoreReader(store)
+    for name, group in reader.position.groups.items():
+        for trouble in ("repeated", "rejected", "lost"):
+            assert group.counts.get(trouble, 0) == 0, f"{name}: {trouble}"
+    tables = {}
+    with reader.connect() as connection:
+        for table in RECORDS:
+            identity = "decision_id" if table == "decisions" else "record_id"
+            hidden = ["stream_id", "event_time"]
+            hidden += ["event_ts_us", "latency_ms"] if table == "decisions" else []
+            found = connection.execute(f"SELECT * EXCLUDE ({', '.join(hidden)}) FROM {table}")
+            names = [column[0] for column in found.description]
+            rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+            tables[table] = {row[identity]: row for row in rows}
+            assert len(tables[table]) == len(rows), f"{table} holds an id twice"
+    return tables
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare tables of rows, naming the first difference."""
+    for table, rows in expected.items():
+        assert found[table].keys() == rows.keys(), table
+        for identity, row in rows.items():
+            assert found[table][identity] == row, f"{table} {identity}"
+
+
+# -- kill -9 --------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments_the_worker_neither_loses_nor_doubles_a_decision(
+    bus: Any, start: Any, lively_policy: Path, tmp_path: Path, tier: str, wait_until: Any
+) -> None:
+    history = market(bars=500, ticks_per_bar=10)
+    assert sum(entry.event_type == "market.tick" for entry in history) == 20_000
+    rng = np.random.default_rng([9, int(tier[0])])
+    store = tmp_path / "store"
+    collector = start("collect", "--redis-url", bus.url, "--store", store)
+
+    def publish() -> None:
+        for i in range(0, len(history), 1_000):
+            bus.add(history[i : i + 1_000])
+            time.sleep(0.2)
+
+    publisher = threading.Thread(target=publish)
+    publisher.start()
+    options = (
+        "run", "--redis-url", bus.url, "--policy", lively_policy, "--start", "oldest",
+        "--conflate-after", "off", "--max-event-age", "off",
+    )  # fmt: skip
+    for moment in np.sort(rng.integers(0, len(history) - 2_000, 7)):
+        worker = start(*options)
+        wait_until(lambda after=moment: sum(bus.counts().values()) >= after, worker.said)
+        time.sleep(rng.uniform(0.0, 0.02))
+        worker.kill()
+    worker = start(*options)
+    counts = bus.wait_for_counts(len(history))
+    publisher.join()
+    assert worker.stop() == 0, worker.said()
+    assert collector.stop() == 0, collector.said()
+
+    outputs, expected_counts = undisturbed(history, lively_policy)
+    assert counts == expected_counts
+    expected = rows_of(outputs)
+    assert len(expected["decisions"]) == sum(e.event_type != "rl_v2.decision" for e in history)
+    assert {row["rule"] for row in expected["pairs"].values()} == {1, 2, 3, 4, 5}
+    assert len(expected["bars"]) == 4 * 499
+    assert_same(rows_in(store), expected)
+
+
+# -- Redis goes away ------------------------------------------------------------------------------
+
+
+def test_redis_away_for_seconds_costs_nothing(
+    durable_server: RedisServer, open_bus: Any, start: Any, lively_policy: Path, tmp_path: Path
+) -> None:
+    bus = open_bus(durable_server.url)
+    history = market(bars=60, ticks_per_bar=4)
+    half = len(history) // 2
+    store = tmp_path / "store"
+    worker = start(
+        "run", "--redis-url", bus.url, "--policy", lively_policy, "--start", "oldest",
+        "--conflate-after", "off", "--max-event-age", "off",
+    )  # fmt: skip
+    collector = start("collect", "--redis-url", bus.url, "--store", store)
+    bus.add(history[:half])
+    bus.wait_for_counts(half // 2)
+    durable_server.kill()
+    time.sleep(3.0)
+    durable_server.restart()
+    bus.add(history[half:])
+    counts = bus.wait_for_counts(len(history))
+    assert worker.stop() == 0, worker.said()
+    assert collector.stop() == 0, collector.said()
+
+    outputs, expected_counts = undisturbed(history, lively_policy)
+    assert counts == expected_counts
+    assert_same(rows_in(store), rows_of(outputs))
+
+
+# -- two workers ----------------------------------------------------------------------------------
+
+
+def test_of_two_workers_the_first_is_fenced_and_says_so(
+    bus: Any, start: Any, lively_policy: Path, wait_until: Any
+) -> None:
+    history = market(bars=40, ticks_per_bar=2)
+    options = (
+        "run", "--redis-url", bus.url, "--policy", lively_policy, "--start", "oldest",
+        "--conflate-after", "off", "--max-event-age", "off",
+    )  # fmt: skip
+    first = start(*options)
+    bus.add(history[:100])
+    bus.wait_for_counts(100)
+    second = start(*options)
+    wait_until(lambda: "WORKER_STARTED" in second.said(), second.said)
+    bus.add(history[100:])
+    assert first.wait() == 3, first.said()
+    last = first.said().strip().splitlines()[-1]
+    assert "another worker took over" in last
+    assert "Traceback" not in first.said()
+    counts = bus.wait_for_counts(len(history))
+    assert second.stop() == 0, second.said()
+    assert counts == undisturbed(history, lively_policy)[1]
