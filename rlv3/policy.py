@@ -23,11 +23,22 @@ from safetensors.numpy import save as save_tensors
 
 from rlv3.errors import PolicyError
 from rlv3.events import ACTION_TABLE
-from rlv3.features import FEATURE_SET, N_FEATURES, OBS_DIM, Normaliser, feature_digest
+from rlv3.features import (
+    FEATURE_SET,
+    FEATURES,
+    N_FEATURES,
+    OBS_DIM,
+    Normaliser,
+    feature_digest,
+    feature_row,
+)
+from rlv3.portfolio import FLAT, IN_POSITION
 
 ARTIFACT_VERSION = 1
 BLOCK = 8
 N_ACTIONS = len(ACTION_TABLE)
+QUANTILE_LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+TP_PCT = 0.06  # production's take-profit distance, before the multiplier
 _LAYERS = ("0", "2", "4")
 _NETS = ("policy", "value")
 _METADATA_KEYS = (
@@ -64,6 +75,7 @@ class Policy:
     def __init__(self, source: bytes, origin: str = "artifact") -> None:
         metadata, tensors = _read(source, origin)
         self.source = source
+        self._tensors = tensors
         self.digest = hashlib.sha256(source).hexdigest()
         self.metadata = metadata
         self.step_seconds = int(metadata["step_seconds"])
@@ -96,6 +108,11 @@ class Policy:
             reason = error.strerror or error
             raise PolicyError(f"policy file {path} cannot be read: {reason}") from error
         return cls(source, str(path))
+
+    def network_tensors(self, name: str) -> dict[str, NDArray[np.float32]]:
+        """Return the tensors of network `policy` or `value`, named `0.weight`, `0.bias` …"""
+        prefix = f"{name}."
+        return {k.removeprefix(prefix): v for k, v in self._tensors.items() if k.startswith(prefix)}
 
     def logits_and_values(
         self, obs: NDArray[np.float32]
@@ -131,6 +148,46 @@ class Policy:
         probs = shifted / shifted.sum(axis=1, keepdims=True)
         return masked.argmax(axis=1), probs, values
 
+    def predict(self, obs_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Decide for one observation dictionary (see `features.feature_row`).
+
+        Valid actions follow from `position_side` (and `position_size`): flat or in a position.
+
+        Returns:
+            action, action_name, confidence (probability of the action), value, action_probs,
+            missing (names of features that were not given), and production's
+            tp_zone_multiplier, suggested_tp_pct and value_confidence.
+        """
+        raw, missing = feature_row(obs_dict)
+        flat = raw[7] == 0.0 and raw[6] == 0.0
+        obs = self.normaliser.apply([raw], [missing])
+        actions, probs, values = self.decide(obs, [FLAT if flat else IN_POSITION])
+        action, value = int(actions[0]), float(values[0])
+        multiplier = min(max(1.0 + value / 20.0, 0.5), 1.5)
+        return {
+            "action": action,
+            "action_name": ACTION_TABLE[action],
+            "confidence": float(probs[0, action]),
+            "value": value,
+            "action_probs": probs[0].tolist(),
+            "missing": [f.name for i, f in enumerate(FEATURES) if missing >> i & 1],
+            "tp_zone_multiplier": multiplier,
+            "suggested_tp_pct": TP_PCT * multiplier,
+            "value_confidence": min(1.0, abs(value) / 10.0),
+        }
+
+
+def training_quantiles(
+    raw: NDArray[np.float64], missing: NDArray[np.int64]
+) -> dict[str, list[float]]:
+    """Return the quantiles of every feature that does not come from the account, where known."""
+    found = {}
+    for i, feature in enumerate(FEATURES):
+        known = raw[(missing >> i) & 1 == 0, i]
+        if feature.source != "account" and len(known):
+            found[feature.name] = np.quantile(known, QUANTILE_LEVELS).tolist()
+    return found
+
 
 def _forward(
     layers: list[tuple[NDArray[np.float32], NDArray[np.float32]]], x: NDArray[np.float32]
@@ -158,7 +215,7 @@ def build_artifact(
     Args:
         tensors: `policy.{0,2,4}.{weight,bias}` and `value.…`, as torch's state dict names them.
         training: steps, seed, reward, data fingerprint and end time, config.
-        quantiles: per feature name, the training quantiles (see `evaluation`).
+        quantiles: per feature name, its training values at `QUANTILE_LEVELS`.
         mask_rule: "design" with action masks, "none" without.
     """
     full: dict[str, NDArray[Any]] = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
@@ -193,7 +250,7 @@ def save_artifact(source: bytes, path: str | Path) -> None:
             file.write(source)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        Path(name).chmod(0o644)
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -241,6 +298,7 @@ def _read(source: bytes, origin: str) -> tuple[dict[str, Any], dict[str, NDArray
     found_sha = tensors_sha256(tensors)
     if metadata["tensors_sha256"] != found_sha:
         raise PolicyError(
-            f"{origin}: expected tensors with sha256 {metadata['tensors_sha256']}, found {found_sha}"
+            f"{origin}: expected tensors with sha256 {metadata['tensors_sha256']}, "
+            f"found {found_sha}"
         )
     return metadata, tensors

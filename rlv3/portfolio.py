@@ -40,6 +40,7 @@ IN_POSITION = (True, False, False, True, True, True)
 IN_LONG = (True, False, True, True, True, True)  # on_opposite="reverse"
 IN_SHORT = (True, True, False, True, True, True)
 ANY = (True, True, True, True, True, True)
+NO_ENTRY = (True, False, False, True, True, True)  # without masks, while cold
 
 
 class Account:
@@ -195,12 +196,13 @@ class Account:
         """Return which of the six actions would do something here.
 
         Flat: HOLD, LONG, SHORT. In a position: HOLD, REDUCE, CLOSE, EMERGENCY_FLATTEN. Cooling
-        down, ruined, cold and flat, or with an order pending: HOLD.
+        down, ruined, cold and flat, or with an order pending: HOLD. Without masks: all six, but
+        nobody enters while cold.
         """
         if pending or self.ruined:
             return HOLD_ONLY
         if not use_masks:
-            return ANY
+            return NO_ENTRY if cold else ANY
         side = self.side
         if side == 0:
             return HOLD_ONLY if cold or self.cooldown > 0 else FLAT

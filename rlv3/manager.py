@@ -1,0 +1,253 @@
+"""The researcher's door: train, save, load, predict, as the seed documents them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import nn
+
+from rlv3.agent import PPOAgent
+from rlv3.config import RLv3Config
+from rlv3.env import ENV_ID, PriceData, TradingEnvV3, as_bars, make_padded
+from rlv3.errors import ConfigError
+from rlv3.features import US, WARM_BARS, Normaliser, feature_matrix
+from rlv3.market import DEFAULT_WORLD, Bars, simulate
+from rlv3.policy import Policy, build_artifact, save_artifact, training_quantiles
+from rlv3.trainer import PPOTrainer, Update
+
+DEFAULT_PATH = Path("runs/rl_v3/policy.safetensors")
+DEFAULT_EPISODES = 100
+SERIES_PER_WORLD = 8
+SERIES_BARS = 6_000
+TRAIN_FRACTION = 0.8
+"""Share of every historical series that is trained on; the rest is never seen by training."""
+
+
+class _Facts(NamedTuple):
+    """What an artifact says about where its policy was trained."""
+
+    normaliser: Normaliser
+    quantiles: dict[str, list[float]]
+    env: str
+    markets: tuple[str, ...]
+    data_sha256: str | None
+    data_end: str | None
+
+
+UNTRAINED = _Facts(Normaliser.identity(), {}, ENV_ID, (), None, None)
+
+
+class RLv3Manager:
+    """Owns a policy in training and its serving form; both networks belong to one `PPOAgent`.
+
+    Attributes:
+        config: hyperparameters.
+        heldout: the rest of every historical series, for evaluation.
+        steps: environment steps that the policy was trained for, earlier runs included.
+    """
+
+    def __init__(self, config: RLv3Config | None = None) -> None:
+        self.config = config or RLv3Config()
+        self.agent = PPOAgent(self.config)
+        self.heldout: list[Bars] = []
+        self.steps = 0
+        self._facts = UNTRAINED
+        self._fitted = False
+        self._trainer: PPOTrainer | None = None
+        self._policy: Policy | None = None
+
+    def train(
+        self,
+        num_episodes: int | None = None,
+        *,
+        steps: int | None = None,
+        price_data: PriceData | None = None,
+        market: str | Sequence[str] | None = None,
+        env_id: str | None = None,
+        on_update: Callable[[int, Update], None] | None = None,
+    ) -> dict[str, float]:
+        """Train, and return what training measured.
+
+        Where to train: at most one of `price_data` (the first 80 % of every series), `market`
+        (synthetic worlds by name) and `env_id` (a Gymnasium environment). With none of them a
+        second call continues where the first one stopped; a first call uses the default world.
+
+        Args:
+            num_episodes: 100 unless `steps` is given. Updates are whole buffers, so some more
+                episodes may run.
+            steps: environment steps, rounded up to whole buffers.
+            on_update: called after every update with the steps of this call so far.
+        Returns:
+            avg_reward and final_reward (per episode, in reward units), episodes, steps,
+            avg_policy_loss, avg_value_loss, steps_per_s, and the last update's policy_loss,
+            value_loss, approx_kl, clip_fraction, explained_variance and entropy.
+        Raises:
+            ConfigError: two places to train at, or an unknown world or environment.
+            DataError: prices that cannot be used.
+        """
+        if sum(place is not None for place in (price_data, market, env_id)) > 1:
+            raise ConfigError("expected one of price_data, market and env_id, found several")
+        if steps is None and num_episodes is None:
+            num_episodes = DEFAULT_EPISODES
+        trainer = self._trainer
+        if trainer is None or not (price_data is None and market is None and env_id is None):
+            env = self._environment(price_data, market, env_id)
+            trainer = self._trainer = PPOTrainer(self.agent, env)
+        steps_before, episodes_before = trainer.steps, len(trainer.episode_returns)
+        self._policy = None
+        updates = trainer.train(
+            steps=steps, episodes=None if steps is not None else num_episodes, on_update=on_update
+        )
+        self.steps += trainer.steps - steps_before
+        returns = trainer.episode_returns[episodes_before:] or [trainer.running_return]
+        return {
+            "avg_reward": float(np.mean(returns)),
+            "final_reward": returns[-1],
+            "episodes": float(len(trainer.episode_returns) - episodes_before),
+            "steps": float(trainer.steps - steps_before),
+            "avg_policy_loss": float(np.mean([u.policy_loss for u in updates])),
+            "avg_value_loss": float(np.mean([u.value_loss for u in updates])),
+            **updates[-1]._asdict(),
+            "steps_per_s": float(1.0 / np.mean([1.0 / u.steps_per_s for u in updates])),
+        }
+
+    def _environment(
+        self,
+        price_data: PriceData | None,
+        market: str | Sequence[str] | None,
+        env_id: str | None,
+    ) -> gym.Env[Any, Any]:
+        """Return where to train, and note what the artifact will say about it."""
+        if env_id is not None:
+            self._facts = UNTRAINED._replace(env=env_id, markets=(env_id,))
+            return make_padded(env_id)
+        if price_data is not None:
+            series = as_bars(price_data, self.config)
+            cuts = [round(TRAIN_FRACTION * len(bars.close)) for bars in series]
+            split = list(zip(series, cuts, strict=True))
+            # the held-out part begins with the bars that warm up its features
+            self.heldout = [bars.rows(max(cut - WARM_BARS, 0), len(bars.close))
+                            for bars, cut in split]  # fmt: skip
+            series = [bars.rows(0, cut) for bars, cut in split]
+            end = max(int(bars.end_us[-1]) for bars in series)
+            data_end = datetime.fromtimestamp(end / US, UTC).isoformat()
+            names = tuple(bars.symbol for bars in series)
+        else:
+            worlds = market or DEFAULT_WORLD
+            names = (worlds,) if isinstance(worlds, str) else tuple(worlds)
+            series = self._worlds(names)
+            data_end = None
+        self._fit(series, names, data_end)
+        return TradingEnvV3(self.config, series, normaliser=self._facts.normaliser)
+
+    def _worlds(self, names: Sequence[str]) -> list[Bars]:
+        """Return the synthetic training series: several per world, seeded by the configuration."""
+        seeds = np.random.SeedSequence([self.config.seed, 2]).spawn(len(names) * SERIES_PER_WORLD)
+        bars = max(SERIES_BARS, self.config.max_steps_per_episode + 2 * WARM_BARS)
+        return [
+            simulate(name, bars, seed=seed, step_seconds=self.config.step_seconds)
+            for name, seed in zip(list(names) * SERIES_PER_WORLD, seeds, strict=True)
+        ]
+
+    def _fit(self, series: list[Bars], names: tuple[str, ...], data_end: str | None) -> None:
+        """Compute normaliser and quantiles on the training split; a loaded normaliser stays."""
+        parts = [
+            feature_matrix(bars.end_us, bars.close, bars.volume, bars.spread, bars.step_seconds)
+            for bars in series
+        ]
+        raw = np.concatenate([rows for rows, _ in parts])
+        missing = np.concatenate([masks for _, masks in parts])
+        fitted = self._facts.normaliser if self._fitted else Normaliser.fit(raw, missing)
+        self._fitted = True
+        digest = hashlib.sha256("".join(bars.sha256() for bars in series).encode()).hexdigest()
+        self._facts = _Facts(
+            fitted, training_quantiles(raw, missing), ENV_ID, names, digest, data_end
+        )
+
+    def artifact(self) -> bytes:
+        """Return the policy as it is now, as the bytes of an artifact."""
+        facts, config = self._facts, self.config
+        training = {
+            "steps": self.steps,
+            "seed": config.seed,
+            "reward": config.reward,
+            "env": facts.env,
+            "markets": list(facts.markets),
+            "data_sha256": facts.data_sha256,
+            "data_end": facts.data_end,
+            "config": asdict(config),
+        }
+        return build_artifact(
+            {**_tensors("policy", self.agent.policy), **_tensors("value", self.agent.value)},
+            facts.normaliser,
+            training=training,
+            quantiles=facts.quantiles,
+            mask_rule="design" if config.use_action_masks else "none",
+            step_seconds=config.step_seconds,
+        )
+
+    @property
+    def policy(self) -> Policy:
+        """The serving form of the policy as it is now."""
+        if self._policy is None:
+            self._policy = Policy(self.artifact())
+        return self._policy
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write the artifact atomically; return where (`runs/rl_v3/policy.safetensors`)."""
+        target = Path(path or DEFAULT_PATH)
+        save_artifact(self.artifact(), target)
+        return target
+
+    def load(self, path: str | Path | None = None) -> None:
+        """Take over an artifact's weights, normaliser and provenance; training continues from it.
+
+        Raises:
+            PolicyError: the artifact is missing, damaged or foreign.
+        """
+        policy = Policy.load(path or DEFAULT_PATH)
+        training = policy.metadata["training"]
+        self.config = replace(
+            self.config,
+            hidden_dim=policy.metadata["network"][1],
+            step_seconds=policy.step_seconds,
+        )
+        self.agent = PPOAgent(self.config)
+        for name, network in (("policy", self.agent.policy), ("value", self.agent.value)):
+            tensors = policy.network_tensors(name)
+            network.network.load_state_dict(
+                {key: torch.from_numpy(array.copy()) for key, array in tensors.items()}
+            )
+        self._facts = _Facts(
+            policy.normaliser, policy.metadata["quantiles"], training.get("env", ENV_ID),
+            tuple(training.get("markets", ())), training.get("data_sha256"),
+            training.get("data_end"),
+        )  # fmt: skip
+        self._fitted = True
+        self.steps = policy.trained_steps
+        self._trainer = None
+        self._policy = policy
+
+    def predict(self, obs_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Decide for one observation dictionary, through the network that is served.
+
+        Returns:
+            See `Policy.predict`: action, action_name, confidence, value and more.
+        """
+        return self.policy.predict(obs_dict)
+
+
+def _tensors(name: str, network: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
+    """Return a network's tensors under the artifact's names (`policy.0.weight` …)."""
+    return {
+        key.replace("network", name, 1): tensor.detach().cpu().numpy().copy()
+        for key, tensor in network.state_dict().items()
+    }
