@@ -140,14 +140,14 @@ def _read_file(file: Path | None) -> Mapping[str, Any]:
 def _urls(layers: list[_Layer], environ: Mapping[str, str]) -> dict[str, str]:
     """Return source and sink: per place, its own name beats the common one."""
     flags, ours, file = layers
-    common = {"redis_url": _environment_url(environ)}
-    places = [flags, ours, _Layer("{}", {k: v for k, v in common.items() if v}), file]
+    production = _Layer("REDIS_URL", {"redis_url": _environment_url(environ)})
+    places = [flags, ours, production, file]
     urls = {}
-    for name in ("source_url", "sink_url"):
-        for layer in places:
-            found = layer.get(name) or layer.get("redis_url")
-            if found is not None:
-                urls[name] = _url(layer.label(name), found)
+    for wanted in ("source_url", "sink_url"):
+        spellings = ((place, name) for place in places for name in (wanted, "redis_url"))
+        for place, name in spellings:
+            if (found := place.get(name)) is not None:
+                urls[wanted] = _url(place.label(name), found)
                 break
     return urls
 

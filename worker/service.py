@@ -333,6 +333,7 @@ class Worker:
                     )
                 if self._stopping.is_set():
                     raise _Stopped from error
+                await self.bus.close()  # the other connection is as dead: do not find out later
                 await self._until_stopped(asyncio.sleep(pause))
                 pause = min(2 * pause, BACKOFF_S[1])
             else:

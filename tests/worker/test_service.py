@@ -1,0 +1,439 @@
+"""Does the daemon start, recover, outlive trouble and drain as an operator is promised?"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from rlv3.errors import PolicyError
+from worker import logs, service
+from worker.bus import Bus
+from worker.config import WorkerConfig, load_config
+from worker.embedded import RedisServer
+from worker.keys import Keys
+from worker.service import Worker
+
+KEYS = Keys("t")
+TICKS, SIGNALS, KLINES = map(KEYS.stream, ("market.tick", "signal.generated", "market.klines"))
+START_MS = 1_760_000_000_000
+PATIENCE_S = 20.0
+
+# -- the market: one symbol a second, all events before now ---------------------------------------
+
+
+def tick(n: int, symbol: str = "BTCUSDT") -> tuple[str, dict[str, bytes], str]:
+    """Return (stream, fields, id) of the n-th tick, a second after the one before."""
+    ts_ms = START_MS + 1_000 * n
+    price = 100.0 + (n * 7919 % 101) / 50.0
+    body = {"symbol": symbol, "price": price, "qty": 1.0, "timestamp": ts_ms / 1000}
+    return TICKS, {"payload": json.dumps(body).encode()}, f"{ts_ms}-0"
+
+
+def publish(client: redis.Redis, first: int, last: int) -> None:
+    """Append ticks first … last-1 under their own ids, and a signal with each hundredth."""
+    with client.pipeline(transaction=False) as pipe:
+        for n in range(first, last):
+            stream, fields, entry_id = tick(n)
+            pipe.xadd(stream, fields, id=entry_id)
+            if n % 100 == 0:
+                body = {"symbol": "BTCUSDT", "side": "BUY", "confidence": 0.7,
+                        "timestamp": (START_MS + 1_000 * n) / 1000}  # fmt: skip
+                pipe.xadd(SIGNALS, {"payload": json.dumps(body)}, id=entry_id)
+        pipe.execute()
+
+
+def decisions(client: redis.Redis) -> list[dict[str, Any]]:
+    """Return the payloads of our decision stream."""
+    return [json.loads(fields[b"payload"]) for _, fields in client.xrange(KEYS.decisions)]
+
+
+def comparisons(client: redis.Redis, kind: str) -> list[dict[str, Any]]:
+    """Return the comparison records of a kind."""
+    rows = [json.loads(fields[b"payload"]) for _, fields in client.xrange(KEYS.comparisons)]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def counters(client: redis.Redis) -> dict[str, int]:
+    """Return the worker's counters by `event type:outcome`."""
+    meta = client.hgetall(KEYS.meta)
+    return {k[2:].decode(): int(v) for k, v in meta.items() if k.startswith(b"n:")}
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+# -- the daemon -----------------------------------------------------------------------------------
+
+
+class Daemon:
+    """`rlv3-worker run` in a process of its own."""
+
+    def __init__(self, url: str, policy: Path, *flags: str) -> None:
+        command = [
+            sys.executable, "-c", "from worker.cli import main; main()", "run",
+            "--redis-url", url, "--prefix", "t", "--policy", str(policy),
+            "--rl-v2", "bus", "--start", "oldest", "--conflate-after", "off",
+            "--max-event-age", "off", *flags,
+        ]  # fmt: skip
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(("REDIS_", "RLV3_"))}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
+        )
+
+    def end(self, how: signal.Signals | None = None) -> tuple[int, list[dict[str, Any]], str]:
+        """Return exit code, log lines and stderr, after a signal if one is given."""
+        if how is not None:
+            self.process.send_signal(how)
+        out, err = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, [json.loads(line) for line in out.splitlines()], err
+
+
+@pytest.fixture
+def daemon(policy_file: Path) -> Iterator[Callable[..., Daemon]]:
+    """Start daemons; what still runs at the end is killed."""
+    started: list[Daemon] = []
+
+    def start(url: str, *flags: str, policy: Path = policy_file) -> Daemon:
+        started.append(Daemon(url, policy, *flags))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+def events(lines: list[dict[str, Any]]) -> list[str]:
+    """Return the event names of log lines."""
+    return [line["event"] for line in lines]
+
+
+def test_every_tick_and_signal_is_decided_and_sigterm_drains(redis_server, client, daemon) -> None:
+    publish(client, 0, 500)
+    worker = daemon(redis_server.url)
+    until(lambda: client.xlen(KEYS.decisions) == 505)
+    assert 0 < client.ttl(KEYS.heartbeat) <= 10
+    began = time.monotonic()
+    code, lines, err = worker.end(signal.SIGTERM)
+    assert time.monotonic() - began < 1.0
+    assert (code, err) == (0, "")
+    assert counters(client) == {"market.tick:decided": 500, "signal.generated:decided": 5}
+    made = decisions(client)
+    assert len({row["decision_id"] for row in made}) == 505
+    assert sum(row["kind"] == "step" for row in made) == 500 // 60
+    assert comparisons(client, "ledger")[-1]["reason"] == "stop"
+    meta = client.hgetall(KEYS.meta)
+    assert client.get(KEYS.artifact(meta[b"policy"].decode())) is not None
+    heartbeat = lines[-2]
+    assert set(heartbeat) == {
+        "ts", "level", "service", "event", "correlation_id", "msg", "extra",
+    }  # fmt: skip
+    assert heartbeat["ts"].endswith("Z")
+    assert (heartbeat["level"], heartbeat["service"]) == ("INFO", "rl_v3_shadow")
+    assert heartbeat["extra"]["events_total"]["market.tick"] == {"decided": 500}
+    assert events(lines)[-2:] == ["WORKER_HEARTBEAT", "WORKER_STOPPED"]
+    assert events(lines).count("STREAM_ABSENT") == 5  # of the seven default inputs
+
+
+def test_restart_continues_where_the_last_one_was_killed(redis_server, client, daemon) -> None:
+    publish(client, 0, 300)
+    first = daemon(redis_server.url)
+    until(lambda: client.xlen(KEYS.decisions) > 50)
+    first.process.kill()
+    publish(client, 300, 400)
+    second = daemon(redis_server.url)
+    until(lambda: client.xlen(KEYS.decisions) >= 404)
+    code, lines, _ = second.end(signal.SIGTERM)
+    assert code == 0
+    assert counters(client) == {"market.tick:decided": 400, "signal.generated:decided": 4}
+    made = [row["decision_id"] for row in decisions(client)]
+    assert len(made) == len(set(made)) == 404
+    assert len(comparisons(client, "run")) == 1
+    assert "WORKER_STARTED" in events(lines)
+
+
+def test_redis_away_for_seconds_loses_and_doubles_nothing(durable_server, daemon) -> None:
+    with redis.Redis.from_url(durable_server.url) as client:
+        publish(client, 0, 200)
+        worker = daemon(durable_server.url)
+        until(lambda: client.xlen(KEYS.decisions) > 20)
+        durable_server.kill()
+        time.sleep(2.0)
+        durable_server.restart()
+        publish(client, 200, 400)
+        until(lambda: client.xlen(KEYS.decisions) >= 404)
+        code, lines, _ = worker.end(signal.SIGTERM)
+        assert code == 0
+        made = [row["decision_id"] for row in decisions(client)]
+        assert len(made) == len(set(made)) == 404
+        assert counters(client) == {"market.tick:decided": 400, "signal.generated:decided": 4}
+    trouble = [name for name in events(lines) if name.startswith("REDIS_")]
+    assert trouble == ["REDIS_CONNECTED", "REDIS_LOST", "REDIS_RETURNED"]
+
+
+def test_lost_replies_lose_and_double_nothing(redis_server, client, proxy, daemon) -> None:
+    worker = daemon(proxy.url, "--max-batch", "7")
+    for first in range(0, 400, 20):
+        proxy.lose_replies = 1
+        publish(client, first, first + 20)
+        time.sleep(0.02)
+    proxy.lose_replies = 0
+    until(lambda: client.xlen(KEYS.decisions) >= 404)
+    assert worker.end(signal.SIGTERM)[0] == 0
+    made = [row["decision_id"] for row in decisions(client)]
+    assert len(made) == len(set(made)) == 404
+
+
+def test_stop_while_redis_is_away_says_so(redis_server, client, proxy, daemon) -> None:
+    worker = daemon(proxy.url)
+    until(lambda: client.exists(KEYS.heartbeat))
+    proxy.down = True
+    proxy.cut()
+    time.sleep(0.3)
+    code, _, err = worker.end(signal.SIGTERM)
+    assert code == 1
+    assert "stopped while Redis was away" in err
+
+
+def test_second_worker_fences_the_first_which_exits_3(redis_server, client, daemon) -> None:
+    first = daemon(redis_server.url)
+    until(lambda: client.hget(KEYS.meta, "run_id"))
+    second = daemon(redis_server.url)
+    code, _, err = first.end()  # without an input: trimming finds out, too
+    assert code == 3
+    assert err.startswith("error: another worker took over: expected to own epoch 1 in ")
+    publish(client, 0, 10)
+    until(lambda: client.xlen(KEYS.decisions) == 11)
+    assert second.end(signal.SIGTERM)[0] == 0
+
+
+def test_missing_state_exits_4_when_told_to_fail(redis_server, client, daemon) -> None:
+    client.xadd(KEYS.decisions, {"payload": "{}"})
+    code, _, err = daemon(redis_server.url, "--on-gap", "fail").end()
+    assert code == 4
+    assert "the cursors are missing although our outputs" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence", "expected"),
+    [
+        (("--redis-url", "redis://:pw@127.0.0.1:1/0"), "127.0.0.1:1/0 to answer, found: ", 1),
+        (("--redis-url", "http://nowhere"), "--redis-url must start with redis://", 2),
+        (("--policy", "/nowhere"), "policy file /nowhere cannot be read", 2),
+        (("--inputs", "market.tock"), "--inputs must be all or among", 2),
+    ],
+)
+def test_user_errors_are_one_sentence_and_an_exit_code(daemon, flags, sentence, expected) -> None:
+    code, lines, err = daemon("redis://127.0.0.1:1/0", *flags).end()
+    assert code == expected
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert "pw@" not in err
+    assert lines == []
+
+
+def test_wrong_password_exits_1(redis_server, client, daemon) -> None:
+    client.config_set("requirepass", "right")
+    try:
+        code, _, err = daemon(redis_server.url.replace("//", "//:wrong@")).end()
+    finally:
+        client.config_set("requirepass", "")
+    assert code == 1
+    assert "to accept our user and password" in err
+
+
+def test_untrained_policy_is_refused_unless_allowed(untrained_policy_file) -> None:
+    config = WorkerConfig(policy=untrained_policy_file)
+    with pytest.raises(PolicyError, match="expected a trained policy, found 0 training steps"):
+        service.load_policy(config)
+    allowed = load_config({"policy": str(untrained_policy_file), "allow_untrained": True}, {})
+    assert service.load_policy(allowed).trained_steps == 0
+
+
+# -- in process -----------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def working(url: str, policy: Path, **flags: Any) -> AsyncIterator[tuple[Worker, StringIO]]:
+    """Run a worker in this process; it drains at the end."""
+    given = {
+        "redis_url": url, "prefix": "t", "policy": str(policy), "rl_v2": "bus",
+        "start": "oldest", "conflate_after": "off", "max_event_age": "off",
+    }  # fmt: skip
+    config = load_config(given | flags, {})
+    out = StringIO()
+    bus = Bus(config.source_url, config.sink_url, Keys(config.prefix), config.inputs)
+    worker = Worker(config, bus, service.load_policy(config), None, logs.configure("INFO", out))
+    task = asyncio.create_task(worker.run())
+    try:
+        yield worker, out
+    finally:
+        worker.stop()
+        await task
+        await bus.close()
+
+
+async def met(condition: Callable[[], object]) -> None:
+    """Wait for a condition while the worker runs in the same loop."""
+    for _ in range(int(PATIENCE_S / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("waited in vain")
+
+
+async def settled(client: redis.Redis, n: int) -> None:
+    """Wait until so many entries were counted."""
+    await met(lambda: sum(counters(client).values()) >= n)
+
+
+def test_first_start_warms_up_from_candles_outside_all_counts(
+    redis_server, client, policy_file
+) -> None:
+    for n in range(40):
+        open_ms = START_MS - 60_000 * (40 - n)
+        body = {"symbol": "BTCUSDT", "interval": "1m", "open": 100.0, "high": 101.0, "low": 99.0,
+                "close": 100.0 + n % 3, "volume": 5.0, "open_time": open_ms,
+                "close_time": open_ms + 59_999, "is_closed": True,
+                "timestamp": open_ms / 1000 + 60}  # fmt: skip
+        client.xadd(KLINES, {"payload": json.dumps(body)}, id=f"{open_ms + 60_000}-0")
+
+    async def play() -> None:
+        async with working(redis_server.url, policy_file, start="new"):
+            await met(lambda: client.hget(KEYS.meta, "run_id"))
+            publish(client, 0, 3)
+            await settled(client, 4)
+
+    asyncio.run(play())
+    assert counters(client) == {"market.tick:decided": 3, "signal.generated:decided": 1}
+    assert {row["warm"] for row in decisions(client)} == {True}
+
+
+def test_another_policy_at_restart_begins_a_new_run(
+    redis_server, client, policy_file, other_policy_file
+) -> None:
+    async def play() -> None:
+        publish(client, 0, 150)
+        async with working(redis_server.url, policy_file):
+            await settled(client, 152)
+        publish(client, 150, 300)
+        async with working(redis_server.url, other_policy_file) as (_, out):
+            await settled(client, 303)
+        assert "POLICY_CHANGED" in out.getvalue()
+        async with working(redis_server.url, other_policy_file) as (_, out):
+            await asyncio.sleep(0.1)
+        assert "POLICY_CHANGED" not in out.getvalue()
+
+    asyncio.run(play())
+    runs = comparisons(client, "run")
+    assert len({row["run_id"] for row in runs}) == len(runs) == 2
+    assert counters(client)["market.tick:decided"] == 300
+    assert len({row["model_sha256"] for row in decisions(client)}) == 2
+
+
+def test_damaged_state_restarts_that_symbol_cold_and_is_logged(
+    redis_server, client, policy_file
+) -> None:
+    async def play() -> None:
+        publish(client, 0, 150)
+        async with working(redis_server.url, policy_file):
+            await settled(client, 152)
+        client.hset(KEYS.state("BTCUSDT"), "arms", b"\x01damaged")
+        publish(client, 150, 200)
+        async with working(redis_server.url, policy_file) as (_, out):
+            await settled(client, 202)
+        assert "STATE_DAMAGED" in out.getvalue()
+
+    asyncio.run(play())
+    assert counters(client)["market.tick:decided"] == 200
+
+
+def test_state_lost_while_running_starts_again(redis_server, client, policy_file) -> None:
+    async def play() -> None:
+        publish(client, 0, 50)
+        async with working(redis_server.url, policy_file) as (_, out):
+            await settled(client, 51)
+            client.delete(KEYS.meta)
+            publish(client, 50, 60)
+            await met(lambda: "STATE_GAP" in out.getvalue())
+            await settled(client, 61)
+        assert "STATE_LOST" in out.getvalue()
+
+    asyncio.run(play())
+    # the fifty were read again from the oldest; the surviving state knows them: not decided twice
+    made = [row["decision_id"] for row in decisions(client)]
+    ticks = [row for row in decisions(client) if row["source_event_type"] == "market.tick"]
+    assert len({row["source_entry_id"] for row in ticks}) == len(ticks) == 60
+    assert len(made) >= 61
+
+
+def test_pairs_are_logged(redis_server, client, policy_file) -> None:
+    body = {
+        "schema_version": 1, "decision_id": "v2-1", "symbol": "BTCUSDT",
+        "timestamp": f"{START_MS / 1000}", "kind": "combined", "strategy": "dual_momentum",
+        "model": "lstm", "weight": 1.0, "size_multiplier": 1.0, "leverage": 5,
+        "signal_side": "BUY", "signal_confidence": 0.7, "provenance": "q_table",
+        "source_stream": SIGNALS, "source_entry_id": f"{START_MS}-0",
+    }  # fmt: skip
+    client.xadd(
+        KEYS.stream("rl_v2.decision"), {"payload": json.dumps(body)}, id=f"{START_MS + 5}-0"
+    )
+    publish(client, 0, 120)
+
+    async def play() -> str:
+        async with working(redis_server.url, policy_file) as (_, out):
+            await settled(client, 123)
+        return out.getvalue()
+
+    lines = [json.loads(line) for line in asyncio.run(play()).splitlines()]
+    paired = [line for line in lines if line["event"] == "COMPARISON_PAIRED"]
+    assert len(paired) == len(comparisons(client, "pair")) == 1
+    assert (paired[0]["symbol"], paired[0]["extra"]["v2"]) == ("BTCUSDT", "v2-1")
+
+
+def test_source_of_a_running_worker_sees_nothing_but_reads(
+    redis_server, second_server, client, policy_file
+) -> None:
+    publish(client, 0, 50)
+
+    async def play() -> None:
+        async with working(
+            redis_server.url, policy_file, redis_url=None,
+            source_url=redis_server.url, sink_url=second_server.url,
+        ):  # fmt: skip
+            with redis.Redis.from_url(second_server.url) as sink:
+                await settled(sink, 51)
+
+    with client.monitor() as monitor:
+        asyncio.run(play())
+        client.echo("the end")
+        seen = set()
+        while (command := monitor.next_command()["command"]) != "ECHO the end":
+            seen.add(command.split()[0].upper())
+    assert seen <= {"HELLO", "XINFO", "MULTI", "TIME", "XREAD", "EXEC", "XREVRANGE"}
+
+
+def test_cluster_exits_1(binary, daemon) -> None:
+    with RedisServer.start(binary, options={"cluster-enabled": "yes"}) as server:
+        code, _, err = daemon(server.url).end()
+    assert code == 1
+    assert "found Redis Cluster" in err
