@@ -58,8 +58,8 @@ class Collector:
                 store.counts(stream).setdefault("ordinal", 0)
         self._changed_at: float | None = None  # when the oldest row in memory was read
         self._published: dict[str, str] = {}
-        self._redis = Backoff("redis.reading")
-        self._disk = Backoff("store.flush")
+        self._redis = Backoff("REDIS")
+        self._disk = Backoff("STORE")
         self._absent: set[str] = set()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -105,7 +105,7 @@ class Collector:
                 table = self.store.append(stream, entry_id, fields.get(b"payload", b""))
                 self.cursors[stream] = entry_id
                 if table == "rejected":
-                    log.warning("entry.rejected", stream=stream, entry_id=entry_id)
+                    log.warning("ENTRY_REJECTED", stream=stream, entry_id=entry_id)
             counts = self.store.counts(stream)
             if "ordinal" in counts:
                 counts["ordinal"] += len(found)
@@ -123,7 +123,7 @@ class Collector:
             lost = missed(info, self.cursors[stream], counts)
             if lost is not None:
                 counts["lost"] = counts.get("lost", 0) + lost.entries
-                log.error("entries.dropped", stream=stream, entries=lost.entries, exact=lost.exact)
+                log.error("ENTRIES_DROPPED", stream=stream, entries=lost.entries, exact=lost.exact)
 
     def _due(self) -> bool:
         if self._changed_at is None:
@@ -152,20 +152,20 @@ class Collector:
                 self._published = position
             await self._copy_artifacts()
         except AWAY as error:
-            log.warning("position.not_published", error=str(error))
+            log.warning("POSITION_NOT_PUBLISHED", error=str(error))
 
     async def _copy_artifacts(self) -> None:
         for digest in sorted(self.store.policies):
             try:
                 copied = await copy_artifact(self.link, self.keys, digest, self.store.directory)
             except OSError as error:
-                log.warning("artifact.not_copied", digest=digest, error=str(error))
+                log.warning("ARTIFACT_NOT_COPIED", digest=digest, error=str(error))
                 continue
             if copied:
                 self.store.policies.discard(digest)
             elif digest not in self._absent:
                 self._absent.add(digest)
-                log.warning("artifact.absent", digest=digest)
+                log.warning("ARTIFACT_ABSENT", digest=digest)
 
     async def _drain(self) -> None:
         """Take what was on the streams when we were asked to stop, and make it durable."""
@@ -181,7 +181,7 @@ class Collector:
                     await asyncio.to_thread(self.store.flush)
             await self._look_for_losses()
         except AWAY as error:
-            log.warning("drain.cut_short", error=str(error))
+            log.warning("DRAIN_CUT_SHORT", error=str(error))
         except OSError as error:
             raise self._unwritable(error) from error
         try:
@@ -189,7 +189,7 @@ class Collector:
         except OSError as error:
             raise self._unwritable(error) from error
         await self._publish()
-        log.info("collector.stopped", **self.store.position)
+        log.info("COLLECTOR_STOPPED", **self.store.position)
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
@@ -203,10 +203,10 @@ class Collector:
             try:
                 merged = await asyncio.to_thread(self.store.tidy)
             except (OSError, DataError) as error:
-                log.warning("segments.not_merged", error=str(error))
+                log.warning("SEGMENTS_NOT_MERGED", error=str(error))
             else:
                 if merged:
-                    log.info("segments.merged", segments=merged)
+                    log.info("SEGMENTS_MERGED", segments=merged)
             await asyncio.sleep(_TIDY_S)
 
 
@@ -230,7 +230,7 @@ async def collect(
     writer = StoreWriter(store)
     try:
         async with connected(redis_url) as link:
-            log.info("collector.started", store=str(store), **writer.position)
+            log.info("COLLECTOR_STARTED", store=str(store), **writer.position)
             collector = Collector(
                 link, Keys(prefix), writer, flush_s=flush_s, flush_rows=flush_rows
             )

@@ -188,8 +188,8 @@ class Recorder:
         self.outputs = self._start([keys.stream(name) for name in OUTPUTS], snapshot.ends)
         self._changed_at: float | None = None
         self._policies = {snapshot.policy}
-        self._redis = Backoff("redis.reading")
-        self._disk = Backoff("recording.flush")
+        self._redis = Backoff("REDIS")
+        self._disk = Backoff("RECORDING")
 
     def _start(self, streams: Sequence[str], first: Mapping[str, str]) -> dict[str, str]:
         cursors = {}
@@ -224,19 +224,20 @@ class Recorder:
             await asyncio.gather(tidying, return_exceptions=True)
 
     async def _follow(self, stop: asyncio.Event) -> bool:
-        """Read once up to a cut; return True when there was nothing more to read."""
+        """Read up to the worker's last commit; return True when there was nothing to read."""
+        before = self.writer.pending
         try:
-            idle = await self._read_to_cut()
+            await self._look_for_losses()
+            await self._read_to(await self._cut())
         except AWAY as error:
             await self._redis.failed(error, stop)
             return False
         self._redis.succeeded()
-        return idle
+        return self.writer.pending == before
 
-    async def _read_to_cut(self) -> bool:
-        cut = await self._cut()
-        await self._look_for_losses()
-        while True:
+    async def _read_to(self, cut: Cut) -> bool:
+        """Read until everything up to a cut is taken; False when a flush is due before that."""
+        while not self._due():
             taken = self._take(self.inputs, await read(self.source, self.inputs, _BATCH))
             taken += self._take(self.outputs, await read(self.sink, self.outputs, _BATCH))
             # what a cut names may have been trimmed; when nothing is left to read, it is reached
@@ -244,9 +245,8 @@ class Recorder:
                 _reached(self.inputs, cut.cursors) and _reached(self.outputs, cut.ends)
             ):
                 self._note(cut)
-                return not taken
-            if self._due():
-                return False
+                return True
+        return False
 
     async def _cut(self) -> Cut:
         async with self.sink.pipeline(transaction=True) as batch:
@@ -256,7 +256,7 @@ class Recorder:
             (cursors, policy), *newest = await batch.execute()
         if policy is not None and (digest := policy.decode()) not in self._policies:
             if not await copy_artifact(self.sink, self.keys, digest, self.writer.directory):
-                log.warning("artifact.absent", digest=digest)
+                log.warning("ARTIFACT_ABSENT", digest=digest)
             self._policies.add(digest)
         return Cut(
             cursors={} if cursors is None else _cursors(cursors),
@@ -298,7 +298,7 @@ class Recorder:
                 if lost is not None:
                     counts["lost"] = counts.get("lost", 0) + lost.entries
                     log.error(
-                        "entries.dropped", stream=stream, entries=lost.entries, exact=lost.exact
+                        "ENTRIES_DROPPED", stream=stream, entries=lost.entries, exact=lost.exact
                     )
 
     def _due(self) -> bool:
@@ -320,10 +320,12 @@ class Recorder:
     async def _drain(self) -> None:
         """Take what was committed when we were asked to stop, and make it durable."""
         try:
-            while not await self._read_to_cut():
+            cut = await self._cut()
+            while not await self._read_to(cut):
                 await asyncio.to_thread(self.writer.flush)
+                self._changed_at = None
         except AWAY as error:
-            log.warning("drain.cut_short", error=str(error))
+            log.warning("DRAIN_CUT_SHORT", error=str(error))
         except OSError as error:
             raise self._unwritable(error) from error
         try:
@@ -331,7 +333,7 @@ class Recorder:
         except OSError as error:
             raise self._unwritable(error) from error
         rows = {name: group.rows for name, group in self.writer.position.groups.items()}
-        log.info("recorder.stopped", **rows)
+        log.info("RECORDER_STOPPED", **rows)
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
@@ -344,7 +346,7 @@ class Recorder:
             try:
                 await asyncio.to_thread(self.writer.tidy)
             except (OSError, DataError) as error:
-                log.warning("segments.not_merged", error=str(error))
+                log.warning("SEGMENTS_NOT_MERGED", error=str(error))
             await asyncio.sleep(_TIDY_S)
 
 
@@ -371,7 +373,7 @@ async def record(
         tables = [raw_table(name) for name in (*snapshot.inputs, *OUTPUTS)]
         writer = SegmentWriter(out, tables)
         try:
-            log.info("recorder.started", recording=str(out), inputs=snapshot.inputs)
+            log.info("RECORDER_STARTED", recording=str(out), inputs=snapshot.inputs)
             await Recorder(source, sink, keys, snapshot, writer).run(stop)
         finally:
             writer.close()
@@ -387,7 +389,7 @@ async def _first_state(sink: Redis, keys: Keys, out: Path, stop: asyncio.Event) 
             )
         return snapshot
     make_directory(out)
-    backoff = Backoff("redis.reading")
+    backoff = Backoff("REDIS")
     awaited = False
     while not stop.is_set():
         try:
@@ -399,7 +401,7 @@ async def _first_state(sink: Redis, keys: Keys, out: Path, stop: asyncio.Event) 
             await backoff.failed(error, stop)
             continue
         if not awaited:
-            log.info("worker.awaited", meta=keys.meta)
+            log.info("WORKER_AWAITED", meta=keys.meta)
             awaited = True
         await _pause(stop)
     return None

@@ -31,9 +31,7 @@ _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 AWAY = (
     redis.exceptions.ConnectionError,  # refused, cut, loading, wrong password
     redis.exceptions.TimeoutError,
-    redis.exceptions.NoPermissionError,
-    redis.exceptions.ReadOnlyError,
-    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ResponseError,  # read-only, out of memory, no permission
 )
 """What a running reader answers by backing off: the server is away, or refuses us for now."""
 
@@ -70,14 +68,14 @@ async def connected(url: str) -> AsyncIterator[Redis]:
 class Backoff:
     """Waits longer after each failure in a row, and says once that something is wrong."""
 
-    def __init__(self, event: str) -> None:
-        self.event = event
+    def __init__(self, what: str) -> None:
+        self.what = what
         self.failures = 0
 
     async def failed(self, error: Exception, stop: asyncio.Event) -> None:
         """Wait, or return at once when asked to stop."""
         if not self.failures:
-            log.warning(f"{self.event}.failed", error=str(error))
+            log.warning(f"{self.what}_LOST", msg="trying again for ever", error=str(error))
         delay = _BACKOFF_S[min(self.failures, len(_BACKOFF_S) - 1)]
         self.failures += 1
         try:
@@ -88,7 +86,7 @@ class Backoff:
     def succeeded(self) -> None:
         """Start again from the shortest wait."""
         if self.failures:
-            log.info(f"{self.event}.recovered", failures=self.failures)
+            log.info(f"{self.what}_RETURNED", failures=self.failures)
         self.failures = 0
 
 

@@ -36,6 +36,28 @@ asyncio.run(collect(sys.argv[1], "quantum", Path(sys.argv[2]), flush_s=0.05))
 """
 
 
+@pytest.fixture(scope="module")
+def any_server() -> Iterator[RedisServer]:
+    """A server of whichever version comes first, where the version makes no difference."""
+    with RedisServer.start() as started:
+        yield started
+
+
+@pytest.fixture
+def server(any_server: RedisServer) -> RedisServer:
+    """The same one, clean."""
+    with redis.Redis.from_url(any_server.url) as link:
+        link.flushall()
+    return any_server
+
+
+@pytest.fixture
+def link(server: RedisServer) -> Iterator[redis.Redis]:
+    """A plain client of it."""
+    with redis.Redis.from_url(server.url) as opened:
+        yield opened
+
+
 def unpaired(number: int) -> bytes:
     return encode(
         UnpairedRow(
@@ -123,65 +145,61 @@ def test_collector_stores_everything_and_publishes_how_far(
     assert copied.read_bytes() == ARTIFACT
 
 
-def test_stop_takes_what_is_there(
-    redis_server: RedisServer, client: redis.Redis, tmp_path: Path
-) -> None:
-    ids = publish(client, range(9_000))  # more than one read
-    run_until(redis_server, tmp_path, lambda: True)
-    assert published(client) == ids[-1]
+def test_stop_takes_what_is_there(server: RedisServer, link: redis.Redis, tmp_path: Path) -> None:
+    ids = publish(link, range(9_000))  # more than one read
+    run_until(server, tmp_path, lambda: True)
+    assert published(link) == ids[-1]
     assert stored(tmp_path) == expected(9_000)
 
 
 def test_kill_at_random_moments_neither_loses_nor_repeats(
-    redis_server: RedisServer, client: redis.Redis, tmp_path: Path
+    server: RedisServer, link: redis.Redis, tmp_path: Path
 ) -> None:
     rng = random.Random(7)
     total = 0
     for _ in range(3):
-        with collector(redis_server, tmp_path) as process:
-            before = published(client)
+        with collector(server, tmp_path) as process:
+            before = published(link)
             end = time.monotonic() + 0.5 + rng.random() * 0.6
             while time.monotonic() < end:
-                publish(client, range(total, total + 40))
+                publish(link, range(total, total + 40))
                 total += 40
                 time.sleep(0.01)
-            wait_for(lambda: published(client) != before)  # noqa: B023
+            wait_for(lambda: published(link) != before)  # noqa: B023
             time.sleep(rng.random() * 0.1)
             process.kill()
-    (last,) = publish(client, range(total, total + 1))
-    run_until(redis_server, tmp_path, lambda: published(client) == last)
+    (last,) = publish(link, range(total, total + 1))
+    run_until(server, tmp_path, lambda: published(link) == last)
     assert stored(tmp_path) == expected(total + 1)
     assert StoreReader(tmp_path).check()["unpaired"] == total + 1
 
 
-def test_sigterm_drains_and_exits_0(
-    redis_server: RedisServer, client: redis.Redis, tmp_path: Path
-) -> None:
-    publish(client, range(10))
-    with collector(redis_server, tmp_path) as process:
-        wait_for(lambda: published(client) != "")
-        publish(client, range(10, 20))
+def test_sigterm_drains_and_exits_0(server: RedisServer, link: redis.Redis, tmp_path: Path) -> None:
+    publish(link, range(10))
+    with collector(server, tmp_path) as process:
+        wait_for(lambda: published(link) != "")
+        publish(link, range(10, 20))
         process.terminate()
         assert process.wait(10) == 0
     assert stored(tmp_path) == expected(20)
 
 
 def test_full_disk_stops_the_position_only(
-    redis_server: RedisServer, client: redis.Redis, tmp_path: Path
+    server: RedisServer, link: redis.Redis, tmp_path: Path
 ) -> None:
-    first = publish(client, range(10))
-    with collector(redis_server, tmp_path) as process:
-        wait_for(lambda: published(client) == first[-1])
+    first = publish(link, range(10))
+    with collector(server, tmp_path) as process:
+        wait_for(lambda: published(link) == first[-1])
         # no file of the process may grow beyond 64 bytes: every write fails as on a full disk
         _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (64, hard))
-        later = publish(client, range(10, 500))
+        later = publish(link, range(10, 500))
         time.sleep(0.6)
         assert process.poll() is None
-        assert published(client) == first[-1]
+        assert published(link) == first[-1]
         assert stored(tmp_path) == expected(10)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
-        wait_for(lambda: published(client) == later[-1])
+        wait_for(lambda: published(link) == later[-1])
         process.terminate()
         assert process.wait(10) == 0
     assert stored(tmp_path) == expected(500)
@@ -244,13 +262,13 @@ def test_missed_counts_by_the_numbers_of_the_server() -> None:
 
 
 def test_unreadable_entries_are_parked_and_repeated_ones_dropped(
-    redis_server: RedisServer, client: redis.Redis, tmp_path: Path
+    server: RedisServer, link: redis.Redis, tmp_path: Path
 ) -> None:
-    client.xadd(KEYS.decisions, {"nothing": "here"})
-    client.xadd(KEYS.comparisons, {"payload": b"\xc1"})
-    publish(client, range(3))
-    ids = publish(client, range(3))
-    run_until(redis_server, tmp_path, lambda: published(client) == ids[-1])
+    link.xadd(KEYS.decisions, {"nothing": "here"})
+    link.xadd(KEYS.comparisons, {"payload": b"\xc1"})
+    publish(link, range(3))
+    ids = publish(link, range(3))
+    run_until(server, tmp_path, lambda: published(link) == ids[-1])
     assert stored(tmp_path) == expected(3)
     assert StoreReader(tmp_path).check()["rejected"] == 2
 
@@ -264,15 +282,15 @@ def test_no_redis_at_start_is_one_sentence_and_exit_code_1(tmp_path: Path) -> No
         asyncio.run(collect("nonsense", "quantum", tmp_path))
 
 
-def test_a_second_collector_is_refused(redis_server: RedisServer, tmp_path: Path) -> None:
+def test_a_second_collector_is_refused(server: RedisServer, tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path)
     with pytest.raises(DataError, match="only writer"):
-        asyncio.run(collect(redis_server.url, "quantum", tmp_path))
+        asyncio.run(collect(server.url, "quantum", tmp_path))
     writer.close()
 
 
 def test_a_ledger_row_keeps_its_counts(
-    redis_server: RedisServer, client: redis.Redis, tmp_path: Path
+    server: RedisServer, link: redis.Redis, tmp_path: Path
 ) -> None:
     row = LedgerRow(
         record_id="1",
@@ -284,8 +302,8 @@ def test_a_ledger_row_keeps_its_counts(
         entry_ids=(),
         policy_digest=DIGEST,
     )
-    last = client.xadd(KEYS.comparisons, {"payload": encode(row)}).decode()
-    run_until(redis_server, tmp_path, lambda: published(client) == last)
+    last = link.xadd(KEYS.comparisons, {"payload": encode(row)}).decode()
+    run_until(server, tmp_path, lambda: published(link) == last)
     with StoreReader(tmp_path).connect() as connection:
         counts = connection.execute("SELECT counts['market.tick']['decided'] FROM ledger")
         assert counts.fetchall() == [(5,)]

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +66,21 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def any_server() -> Iterator[RedisServer]:
+    """A server of whichever version comes first, where the version makes no difference."""
+    with RedisServer.start() as started:
+        yield started
+
+
+@pytest.fixture
+def server(any_server: RedisServer) -> RedisServer:
+    """The same one, clean."""
+    with redis.Redis.from_url(any_server.url) as link:
+        link.flushall()
+    return any_server
 
 
 def feed(seed: int, minutes: int = 25) -> Feed:
@@ -207,23 +222,23 @@ def test_everything_from_the_first_entry_is_found_again(
 
 
 def test_a_recording_may_begin_in_the_middle_and_outlive_the_worker(
-    redis_server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, artifact: Path, tmp_path: Path
 ) -> None:
-    config = config_of(redis_server, artifact)
+    config = config_of(server, artifact)
     entries = feed(2)
     third = len(entries) // 3
 
     async def main() -> None:
-        append(redis_server, entries[:third])
+        append(server, entries[:third])
         async with working(config) as worker:
             await folded(worker, third)
             async with recording(config, tmp_path):
                 await until(snapshot_taken(tmp_path))
-                append(redis_server, entries[third : 2 * third])
+                append(server, entries[third : 2 * third])
                 await folded(worker, 2 * third)
                 worker.stop()
                 async with working(config) as successor:
-                    append(redis_server, entries[2 * third :])
+                    append(server, entries[2 * third :])
                     await folded(successor, len(entries))
 
     asyncio.run(main())
@@ -234,15 +249,15 @@ def test_a_recording_may_begin_in_the_middle_and_outlive_the_worker(
 
 
 def test_decisions_left_out_under_load_are_left_out_again(
-    redis_server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, artifact: Path, tmp_path: Path
 ) -> None:
-    config = config_of(redis_server, artifact, conflate_after=1.0, max_batch=37)
+    config = config_of(server, artifact, conflate_after=1.0, max_batch=37)
     entries = feed(3)
 
     async def main() -> int:
         async with recording(config, tmp_path), working(config) as worker:
             await until(snapshot_taken(tmp_path))
-            append(redis_server, entries)
+            append(server, entries)
             await folded(worker, len(entries))
         return decided(worker)
 
@@ -271,21 +286,21 @@ def test_source_and_sink_may_be_two_servers(
 
 
 def test_killed_recorder_continues_and_an_interrupted_recording_can_be_audited(
-    redis_server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, artifact: Path, tmp_path: Path
 ) -> None:
-    config = config_of(redis_server, artifact)
+    config = config_of(server, artifact)
     entries = feed(5)
-    command = leashed(sys.executable, "-c", PROGRAM, redis_server.url, str(tmp_path))
+    command = leashed(sys.executable, "-c", PROGRAM, server.url, str(tmp_path))
     half = len(entries) // 2
 
     async def main() -> int:
         async with working(config) as worker:
             recorder = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
             await until(snapshot_taken(tmp_path))
-            append(redis_server, entries[:half])
+            append(server, entries[:half])
             await folded(worker, half)
             await until(lambda: read_position(tmp_path) is not None)
-            append(redis_server, entries[half:])
+            append(server, entries[half:])
             recorder.kill()
             recorder.wait()
             interrupted = await asyncio.to_thread(audit, tmp_path)
@@ -301,15 +316,15 @@ def test_killed_recorder_continues_and_an_interrupted_recording_can_be_audited(
 
 
 def test_a_record_that_nobody_computes_and_a_changed_value_are_found(
-    redis_server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, artifact: Path, tmp_path: Path
 ) -> None:
-    config = config_of(redis_server, artifact)
+    config = config_of(server, artifact)
     entries = feed(6, minutes=3)
 
     async def main() -> None:
         async with recording(config, tmp_path), working(config) as worker:
             await until(snapshot_taken(tmp_path))
-            append(redis_server, entries)
+            append(server, entries)
             await folded(worker, len(entries))
 
     asyncio.run(main())
@@ -344,14 +359,14 @@ def _change_first_decision(recorded: Path, old: bytes, new: bytes) -> None:
         connection.execute(f"COPY (FROM t ORDER BY stream_id) TO '{path}' (FORMAT parquet)")
 
 
-def test_binary_fields_survive(redis_server: RedisServer, artifact: Path, tmp_path: Path) -> None:
-    config = config_of(redis_server, artifact)
+def test_binary_fields_survive(server: RedisServer, artifact: Path, tmp_path: Path) -> None:
+    config = config_of(server, artifact)
     odd = {b"\x00\xff": b"\xfe\x00", b"payload": bytes(range(256)), "ключ".encode(): b""}
 
     async def main() -> None:
         async with recording(config, tmp_path), working(config) as worker:
             await until(snapshot_taken(tmp_path))
-            with redis.Redis.from_url(redis_server.url) as client:
+            with redis.Redis.from_url(server.url) as client:
                 client.xadd(KEYS.stream("market.tick"), odd, id=f"{T0}-7")
                 client.xadd(
                     KEYS.stream("market.tick"), {b"payload": b"x" * (13 << 20)}, id=f"{T0}-8"
@@ -378,14 +393,14 @@ def test_missing_or_damaged_recordings_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_recording_of_another_prefix_is_refused(
-    redis_server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, artifact: Path, tmp_path: Path
 ) -> None:
-    config = config_of(redis_server, artifact)
+    config = config_of(server, artifact)
 
     async def main() -> None:
         async with recording(config, tmp_path), working(config):
             await until(snapshot_taken(tmp_path))
         with pytest.raises(DataError, match="expected a recording of prefix other"):
-            await record(redis_server.url, redis_server.url, "other", tmp_path)
+            await record(server.url, server.url, "other", tmp_path)
 
     asyncio.run(main())
