@@ -29,17 +29,14 @@ from numpy.typing import NDArray
 
 from rlv3.errors import DataError
 from rlv3.events import ACTION_TABLE
+from shadow.bars import Bars, Floats, Ints, Traded, drawdown, equity
+from shadow.health import ORDER, Health, count, examine
 from shadow.records import ARMS
 from shadow.store import TABLES, StoreReader
 
 REPORT_VERSION = 1
 BUCKETS = 300
 """Points of a drawn curve; longer series keep the lowest, highest and last value per bucket."""
-OUTCOMES = (
-    "decided", "conflated", "consumed", "late", "duplicate", "stale", "priming", "unselected",
-    "dead_letter",
-)  # fmt: skip
-"""What can become of an entry that was read; their sum is the number of entries read."""
 NOT_MODELLED = (
     ("funding", "no funding payments; perpetual positions are held free of charge"),
     ("market impact", "our size does not move the price"),
@@ -54,9 +51,6 @@ NOT_MODELLED = (
 )
 """What the simulated accounts leave out: name and meaning."""
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
 
 class Verdict(msgspec.Struct, frozen=True):
     """What the report concludes."""
@@ -69,14 +63,6 @@ NO_VERDICT = Verdict(
     "no verdict yet",
     ("no registration", "statistics are not part of this version"),
 )
-
-
-class Check(msgspec.Struct, frozen=True):
-    """One question about the data and its answer."""
-
-    name: str
-    ok: bool
-    found: str
 
 
 class Opponent(msgspec.Struct, frozen=True):
@@ -246,30 +232,6 @@ class Regime(msgspec.Struct, frozen=True):
     """Per arm: share of these bars that closed with a position."""
 
 
-class Stream(msgspec.Struct, frozen=True):
-    """What became of the entries of one input stream, since the worker's first start."""
-
-    stream: str
-    read: int
-    outcomes: dict[str, int]
-    lost: int | None
-    """Trimmed before they were read; null where the server cannot tell."""
-
-
-class Health(msgspec.Struct, frozen=True):
-    """Can the data be trusted?"""
-
-    streams: tuple[Stream, ...]
-    checks: tuple[Check, ...]
-    gap_bars: int
-    restarted_bars: int
-    empty_bars: int
-    cold_bars: int
-    owed_steps: int
-    collected: dict[str, dict[str, int]]
-    """The collector's own counters per stream: repeated, rejected, lost …"""
-
-
 class Outcomes(msgspec.Struct, frozen=True):
     """Real closes in production, recorded beside the simulation and part of no arm."""
 
@@ -355,11 +317,11 @@ def summarise(
     db = connection.cursor()
     rows = _table_rows(db)
     run = _run(db, run_id)
-    bars = _Bars.load(db, run.run_id)
-    traded = {name: _Traded.load(db, bars, name) for name in ARMS}
+    bars = Bars.load(db, run.run_id)
+    traded = {name: Traded.load(db, bars, name) for name in ARMS}
     agreement = _agreement_of(traded["v3"].side, traded["v2"].side, bars.warm)
     v2 = _v2_sources(db, run.run_id)
-    health = _health(db, bars, traded, run, inputs)
+    health = examine(db, bars, traded, _step_us(run), inputs.collected)
     return Report(
         verdict=NO_VERDICT,
         notices=_notices(run, bars, v2, health),
@@ -381,168 +343,11 @@ def summarise(
     )
 
 
-# -- bars as arrays --------------------------------------------------------------------------------
-
-
-class _Bars(NamedTuple):
-    """The run's bars in (time, symbol) order; all arrays have one element per bar."""
-
-    ts_us: Ints
-    symbol: Ints
-    """Index into `symbols`."""
-    regime: Ints
-    """Index into `regimes`."""
-    warm: NDArray[np.bool_]
-    capital: Floats
-    symbols: tuple[str, ...]
-    regimes: tuple[str, ...]
-    grid: Ints
-    """Distinct times, ascending."""
-    cell: Ints
-    """Index of each bar into `grid`."""
-    facts: tuple[int, int, int, int]
-    """Bars after a gap, after a restart, empty bars, steps still owed."""
-
-    @classmethod
-    def load(cls, db: duckdb.DuckDBPyConnection, run_id: str) -> _Bars:
-        """Read the bars of a run once, ordered, into a table of this cursor."""
-        columns = ", ".join(f"{arm}_{item}" for arm in ARMS for item in _ARM_COLUMNS)
-        db.execute(
-            f"""
-            CREATE OR REPLACE TEMP TABLE report_bars AS
-            SELECT event_ts_us, symbol, coalesce(regime, 'unknown') AS regime, warm, gap, restarted,
-                   empty_after, step_decision_id, flat_equity AS capital, {columns}
-            FROM bars WHERE run_id = ? ORDER BY event_ts_us, symbol, stream_id
-            """,
-            [run_id],
-        )
-        symbols = _names(db, "symbol")
-        regimes = _names(db, "regime")
-        data = db.execute(
-            """
-            SELECT event_ts_us, list_position($1, symbol) - 1 AS symbol,
-                   list_position($2, regime) - 1 AS regime, warm, capital
-            FROM report_bars
-            """,
-            [list(symbols), list(regimes)],
-        ).fetchnumpy()
-        facts = db.execute(
-            """
-            SELECT count(*) FILTER (gap), count(*) FILTER (restarted),
-                   coalesce(sum(empty_after), 0), count(*) FILTER (step_decision_id IS NULL) FROM report_bars
-            """
-        ).fetchall()[0]
-        ts_us = np.asarray(data["event_ts_us"], np.int64)
-        grid, cell = np.unique(ts_us, return_inverse=True)
-        return cls(
-            ts_us=ts_us,
-            symbol=np.asarray(data["symbol"], np.int64),
-            regime=np.asarray(data["regime"], np.int64),
-            warm=np.asarray(data["warm"], np.bool_),
-            capital=np.asarray(data["capital"], np.float64),
-            symbols=symbols,
-            regimes=regimes,
-            grid=grid,
-            cell=cell,
-            facts=(int(facts[0]), int(facts[1]), int(facts[2]), int(facts[3])),
-        )
-
-    def by_symbol(self, values: Floats | NDArray[np.bool_]) -> Floats:
-        """Sum a column per symbol."""
-        return np.bincount(self.symbol, values, len(self.symbols)).astype(np.float64)
-
-    def by_regime(self, values: Floats | NDArray[np.bool_]) -> Floats:
-        """Sum a column per regime."""
-        return np.bincount(self.regime, values, len(self.regimes)).astype(np.float64)
-
-    def first_of_symbol(self) -> Ints:
-        """Return the index of every symbol's first bar."""
-        return np.unique(self.symbol, return_index=True)[1]
-
-    def last_of_symbol(self) -> Ints:
-        """Return the index of every symbol's last bar."""
-        return len(self.symbol) - 1 - np.unique(self.symbol[::-1], return_index=True)[1]
-
-    @property
-    def total_capital(self) -> float:
-        """Reference capital of all symbols together."""
-        return float(self.capital[self.first_of_symbol()].sum())
-
-
-_ARM_COLUMNS = (
-    "exposure",
-    "gross",
-    "turnover",
-    "fee",
-    "slippage",
-    "gross_late",
-    "equity",
-    "ruined",
-)
-
-
-_MONEY = ("gross", "turnover", "fee", "slippage", "gross_late")
-"""Columns that are fractions of the reference capital."""
-
-
-class _Traded(NamedTuple):
-    """What one arm did, per bar, in account currency."""
-
-    side: Ints
-    """-1 short, 0 flat, 1 long, at the close."""
-    entered: NDArray[np.bool_]
-    gross: Floats
-    turnover: Floats
-    fee: Floats
-    slippage: Floats
-    net: Floats
-    net_late: Floats
-    equity: Floats
-    """As the account says, per symbol."""
-    ruined: NDArray[np.bool_]
-    """Per symbol."""
-
-    @classmethod
-    def load(cls, db: duckdb.DuckDBPyConnection, bars: _Bars, arm: str) -> _Traded:
-        """Read one arm's columns, in the order of `bars`."""
-        columns = ", ".join(f"{arm}_{item} AS {item}" for item in _ARM_COLUMNS)
-        data = db.execute(f"SELECT {columns} FROM report_bars").fetchnumpy()
-        value = {name: np.asarray(data[name], np.float64) for name in _ARM_COLUMNS}
-        money = {name: value[name] * bars.capital for name in _MONEY}
-        costs = money["fee"] + money["slippage"]
-        side = np.sign(value["exposure"]).astype(np.int64)
-        return cls(
-            side=side,
-            entered=_entries(side, bars.symbol),
-            gross=money["gross"],
-            turnover=money["turnover"],
-            fee=money["fee"],
-            slippage=money["slippage"],
-            net=money["gross"] - costs,
-            net_late=money["gross_late"] - costs,
-            equity=value["equity"],
-            ruined=bars.by_symbol(value["ruined"]) > 0.0,
-        )
-
-
-def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[str, ...]:
-    rows = db.execute(f"SELECT DISTINCT {column} FROM report_bars ORDER BY 1").fetchall()
-    return tuple(name for (name,) in rows)
-
-
-def _entries(side: Ints, symbol: Ints) -> NDArray[np.bool_]:
-    """Return where a symbol holds a position that its bar before did not hold."""
-    order = np.argsort(symbol, kind="stable")
-    before = np.zeros_like(side)
-    before[order[1:]] = np.where(symbol[order[1:]] == symbol[order[:-1]], side[order[:-1]], 0)
-    return (side != 0) & (side != before)
-
-
 # -- the parts of a report -------------------------------------------------------------------------
 
 
 def _table_rows(db: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    rows = {name: _count(db, f"SELECT count(*) FROM {name}") for name in TABLES}
+    rows = {name: count(db, f"SELECT count(*) FROM {name}") for name in TABLES}
     if not any(rows.values()):
         raise DataError(
             "expected a store with decisions or comparisons of `rlv3-worker collect`, "
@@ -551,20 +356,10 @@ def _table_rows(db: duckdb.DuckDBPyConnection) -> dict[str, int]:
     return rows
 
 
-def _count(db: duckdb.DuckDBPyConnection, query: str, *values: object) -> int:
-    return int(db.execute(query, list(values)).fetchall()[0][0])
-
-
-_ORDER = (
-    "split_part(stream_id, '-', 1)::HUGEINT * 1000000000 + split_part(stream_id, '-', 2)::HUGEINT"
-)
-"""Sorts stream ids by time and sequence number; as text `9-10` would come before `9-2`."""
-
-
 def _run_ids(db: duckdb.DuckDBPyConnection) -> list[str]:
     """Return the runs of a store, oldest first."""
     tables = ("runs", "bars", "ledger", "v2_decisions")
-    rows = " UNION ALL ".join(f"SELECT run_id, {_ORDER} AS id FROM {name}" for name in tables)
+    rows = " UNION ALL ".join(f"SELECT run_id, {ORDER} AS id FROM {name}" for name in tables)
     found = db.execute(f"SELECT run_id FROM ({rows}) GROUP BY 1 ORDER BY min(id), 1").fetchall()
     if not found:  # decisions only
         found = db.execute(
@@ -621,7 +416,7 @@ def _policy_of(db: duckdb.DuckDBPyConnection, run_id: str) -> str | None:
     return next((digest for (digest,) in found if digest is not None), None)
 
 
-def _period(bars: _Bars, run: Run) -> Period:
+def _period(bars: Bars, run: Run) -> Period:
     empty = len(bars.grid) == 0
     return Period(
         start_us=None if empty else _start_us(bars, run),
@@ -632,7 +427,7 @@ def _period(bars: _Bars, run: Run) -> Period:
     )
 
 
-def _start_us(bars: _Bars, run: Run) -> int:
+def _start_us(bars: Bars, run: Run) -> int:
     return int(bars.grid[0]) - _step_us(run)
 
 
@@ -640,7 +435,7 @@ def _step_us(run: Run) -> int:
     return int(run.settings.get("step_seconds", 60.0) * 1e6)
 
 
-def _arm(bars: _Bars, name: str, traded: _Traded) -> Arm:
+def _arm(bars: Bars, name: str, traded: Traded) -> Arm:
     net = float(traded.net.sum())
     return Arm(
         name=name,
@@ -649,37 +444,26 @@ def _arm(bars: _Bars, name: str, traded: _Traded) -> Arm:
         fees=float(traded.fee.sum()),
         slippage=float(traded.slippage.sum()),
         turnover=float(traded.turnover.sum()),
-        max_drawdown=float(_drawdown(_equity(bars, traded.net)).max()),
+        max_drawdown=float(drawdown(equity(bars, traded.net)).max()),
         entries=int(traded.entered.sum()),
         time_in_market=float((traded.side != 0).mean()) if len(traded.side) else None,
         net_late=float(traded.net_late.sum()),
-        max_drawdown_late=float(_drawdown(_equity(bars, traded.net_late)).max()),
+        max_drawdown_late=float(drawdown(equity(bars, traded.net_late)).max()),
         final_equity=bars.total_capital + net,
         ruined=tuple(np.asarray(bars.symbols)[traded.ruined].tolist()),
     )
 
 
-def _equity(bars: _Bars, net: Floats) -> Floats:
-    """Return the portfolio's equity at the start and at every time of the grid."""
-    gains = np.bincount(bars.cell, net, len(bars.grid))
-    return bars.total_capital + np.concatenate([[0.0], np.cumsum(gains)])
-
-
-def _drawdown(equity: Floats) -> Floats:
-    peak = np.maximum.accumulate(equity)
-    return np.divide(peak - equity, peak, out=np.zeros_like(peak), where=peak > 0.0)
-
-
-def _curves(bars: _Bars, traded: Mapping[str, _Traded], run: Run) -> Curves:
+def _curves(bars: Bars, traded: Mapping[str, Traded], run: Run) -> Curves:
     times = np.concatenate([[_start_us(bars, run)], bars.grid]) if len(bars.grid) else bars.grid
     starts = _buckets(len(times))
-    equity = {name: _equity(bars, arm.net)[: len(times)] for name, arm in traded.items()}
-    difference = _equity(bars, traded["v3"].net - traded["v2"].net) - bars.total_capital
+    values = {name: equity(bars, arm.net)[: len(times)] for name, arm in traded.items()}
+    difference = equity(bars, traded["v3"].net - traded["v2"].net) - bars.total_capital
     return Curves(
         time_us=tuple(times[_ends(starts, len(times))].tolist()),
         bucketed=len(starts) < len(times),
-        equity={name: _band(values, starts, 4) for name, values in equity.items()},
-        drawdown={name: _band(_drawdown(values), starts, 8) for name, values in equity.items()},
+        equity={name: _band(curve, starts, 4) for name, curve in values.items()},
+        drawdown={name: _band(drawdown(curve), starts, 8) for name, curve in values.items()},
         difference=_band(difference[: len(times)], starts, 4),
     )
 
@@ -823,7 +607,7 @@ def _v2_sources(db: duckdb.DuckDBPyConnection, run_id: str) -> tuple[V2Source, .
     return tuple(V2Source(*row) for row in rows)
 
 
-def _symbols(bars: _Bars, traded: Mapping[str, _Traded]) -> tuple[Symbol, ...]:
+def _symbols(bars: Bars, traded: Mapping[str, Traded]) -> tuple[Symbol, ...]:
     ones = np.ones(len(bars.ts_us))
     n, warm = bars.by_symbol(ones), bars.by_symbol(bars.warm)
     net = {name: bars.by_symbol(arm.net) for name, arm in traded.items()}
@@ -843,7 +627,7 @@ def _symbols(bars: _Bars, traded: Mapping[str, _Traded]) -> tuple[Symbol, ...]:
     )
 
 
-def _regimes(bars: _Bars, traded: Mapping[str, _Traded]) -> tuple[Regime, ...]:
+def _regimes(bars: Bars, traded: Mapping[str, Traded]) -> tuple[Regime, ...]:
     n = bars.by_regime(np.ones(len(bars.ts_us)))
     net = {name: bars.by_regime(arm.net) for name, arm in traded.items()}
     held = {name: bars.by_regime(arm.side != 0) for name, arm in traded.items()}
@@ -869,142 +653,14 @@ def _outcomes(db: duckdb.DuckDBPyConnection, run_id: str) -> Outcomes:
     return Outcomes(closes, known)
 
 
-# -- health ----------------------------------------------------------------------------------------
+# -- what a reader must know first -----------------------------------------------------------------
 
 
-def _health(
-    db: duckdb.DuckDBPyConnection,
-    bars: _Bars,
-    traded: Mapping[str, _Traded],
-    run: Run,
-    inputs: Inputs,
-) -> Health:
-    ledger = db.execute(f"SELECT counts FROM ledger ORDER BY {_ORDER} DESC LIMIT 1").fetchall()
-    counts: dict[str, dict[str, int]] = ledger[0][0] if ledger else {}
-    checks = [
-        *_ledger_checks(db, counts),
-        _step_check(db),
-        _v2_check(db),
-        _hole_check(db, _step_us(run)),
-        _equity_check(bars, traded),
-    ]
-    gap, restarted, empty, owed = bars.facts
-    return Health(
-        streams=tuple(_stream(name, dict(counts[name])) for name in sorted(counts)),
-        checks=tuple(checks),
-        gap_bars=gap,
-        restarted_bars=restarted,
-        empty_bars=empty,
-        cold_bars=int((~bars.warm).sum()),
-        owed_steps=owed,
-        collected={name: dict(values) for name, values in sorted(inputs.collected.items())},
-    )
-
-
-def _stream(name: str, counts: Mapping[str, int]) -> Stream:
-    beside = ("read", "lost", "produced", "unread")
-    known = {outcome: counts[outcome] for outcome in OUTCOMES if outcome in counts}
-    other = {key: n for key, n in sorted(counts.items()) if key not in (*OUTCOMES, *beside)}
-    outcomes = known | other
-    return Stream(name, counts.get("read", sum(outcomes.values())), outcomes, counts.get("lost"))
-
-
-def _ledger_checks(
-    db: duckdb.DuckDBPyConnection, counts: Mapping[str, Mapping[str, int]]
-) -> Iterator[Check]:
-    if not counts:
-        yield Check("the worker's ledger is in the store", False, "no ledger row")
-        return
-    streams = [_stream(name, values) for name, values in counts.items()]
-    read = sum(stream.read for stream in streams)
-    accounted = sum(sum(stream.outcomes.values()) for stream in streams)
-    yield Check(
-        "entries read = sum of their outcomes",
-        all(stream.read == sum(stream.outcomes.values()) for stream in streams),
-        f"{read:,} read, {accounted:,} accounted for",
-    )
-    decided = {stream.stream: stream.outcomes.get("decided", 0) for stream in streams}
-    stored = dict(
-        db.execute("SELECT source_event_type, count(*) FROM decisions GROUP BY 1").fetchall()
-    )
-    missing = sum(max(n - stored.get(stream, 0), 0) for stream, n in decided.items())
-    yield Check(
-        "every decision the ledger counts is in the store",
-        missing == 0,
-        f"{sum(decided.values()):,} counted by the last ledger row, {sum(stored.values()):,} in "
-        f"the store" + (f", {missing:,} missing" if missing else ""),
-    )
-    conflated = sum(stream.outcomes.get("conflated", 0) for stream in streams)
-    named = _count(
-        db, "SELECT coalesce(sum(len(entry_ids)), 0) FROM ledger WHERE reason = 'conflated'"
-    )
-    if conflated or named:
-        yield Check(
-            "every conflated entry is named in the ledger",
-            named >= conflated,
-            f"{conflated:,} counted, {named:,} named",
-        )
-
-
-def _step_check(db: duckdb.DuckDBPyConnection) -> Check:
-    missing = _count(
-        db,
-        """
-        SELECT count(*) FROM report_bars ANTI JOIN decisions
-        ON report_bars.step_decision_id = decisions.decision_id
-        WHERE step_decision_id IS NOT NULL
-        """,
-    )
-    found = "all there" if missing == 0 else f"{missing:,} missing"
-    return Check("the step decision of every bar is in the store", missing == 0, found)
-
-
-def _v2_check(db: duckdb.DuckDBPyConnection) -> Check:
-    decided = _count(db, "SELECT count(*) FROM v2_decisions")
-    paired = _count(db, "SELECT count(*) FROM pairs")
-    alone = _count(db, "SELECT count(*) FROM unpaired WHERE side = 'v2'")
-    waiting = decided - paired - alone
-    return Check(
-        "RL v2's decisions = paired + unpaired + still open",
-        waiting >= 0,
-        f"{decided:,} = {paired:,} + {alone:,} + {waiting:,}",
-    )
-
-
-def _hole_check(db: duckdb.DuckDBPyConnection, step_us: int) -> Check:
-    holes = _count(
-        db,
-        """
-        SELECT count(*) FROM (
-            SELECT event_ts_us - lag(event_ts_us + ? * (1 + empty_after))
-                OVER (PARTITION BY symbol ORDER BY event_ts_us) AS hole
-            FROM report_bars
-        ) WHERE hole <> 0
-        """,
-        step_us,
-    )
-    found = "none missing" if holes == 0 else f"bars are missing in {holes:,} places"
-    return Check("bars follow each other without a hole", holes == 0, found)
-
-
-def _equity_check(bars: _Bars, traded: Mapping[str, _Traded]) -> Check:
-    """Compare every account's own equity with the profits of its bars."""
-    first, last = bars.first_of_symbol(), bars.last_of_symbol()
-    worst = 0.0
-    for arm in traded.values():
-        start = arm.equity[first] - arm.net[first]
-        difference = np.abs(arm.equity[last] - start - bars.by_symbol(arm.net))
-        worst = max(worst, float(difference.max(initial=0.0)))
-    ok = worst <= 1e-9 * max(bars.total_capital, 1.0)
-    found = "equal to the last digit that matters" if ok else f"differs by up to {worst:,.2f}"
-    return Check("change of equity = sum of net profits, every account", ok, found)
-
-
-def _notices(run: Run, bars: _Bars, v2: Sequence[V2Source], health: Health) -> tuple[str, ...]:
+def _notices(run: Run, bars: Bars, v2: Sequence[V2Source], health: Health) -> tuple[str, ...]:
     return tuple(_find_notices(run, bars, v2, health))
 
 
-def _find_notices(run: Run, bars: _Bars, v2: Sequence[V2Source], health: Health) -> Iterator[str]:
+def _find_notices(run: Run, bars: Bars, v2: Sequence[V2Source], health: Health) -> Iterator[str]:
     """Yield what a reader must know before the numbers."""
     if run.rl_v2 == "v3":
         yield "Self-play: the v2 arm is RL v3 again, so every difference must be exactly 0."
@@ -1054,7 +710,7 @@ def _provenance(db: duckdb.DuckDBPyConnection, rows: dict[str, int], inputs: Inp
         report_version=REPORT_VERSION,
         schema_versions=versions,
         rows=rows,
-        rejected=_count(db, "SELECT count(*) FROM rejected"),
+        rejected=count(db, "SELECT count(*) FROM rejected"),
         input_sha256=hashlib.sha256(lines.encode()).hexdigest(),
         segments=len(inputs.segments),
     )

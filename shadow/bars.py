@@ -1,0 +1,198 @@
+"""What did each arm earn, bar by bar? The bars of one run as arrays in one fixed order.
+
+Bars are ordered by time and symbol, whatever segments they came from, so that sums over them give
+equal bits for equal inputs. Money is in account currency.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from shadow.records import ARMS
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Bars(NamedTuple):
+    """The run's bars in (time, symbol) order; all arrays have one element per bar."""
+
+    ts_us: Ints
+    symbol: Ints
+    """Index into `symbols`."""
+    regime: Ints
+    """Index into `regimes`."""
+    warm: NDArray[np.bool_]
+    capital: Floats
+    symbols: tuple[str, ...]
+    regimes: tuple[str, ...]
+    grid: Ints
+    """Distinct times, ascending."""
+    cell: Ints
+    """Index of each bar into `grid`."""
+    gap_bars: int
+    """Bars in which entries were lost."""
+    restarted_bars: int
+    """Bars followed by a silence after which the symbol starts cold."""
+    empty_bars: int
+    """Bars without a tick, which have no row."""
+    owed_steps: int
+    """Bars whose step had to wait for a later tick."""
+
+    @classmethod
+    def load(cls, db: duckdb.DuckDBPyConnection, run_id: str) -> Bars:
+        """Read the bars of a run once, ordered, into a table of this cursor."""
+        columns = ", ".join(f"{arm}_{item}" for arm in ARMS for item in _ARM_COLUMNS)
+        db.execute(
+            f"""
+            CREATE OR REPLACE TEMP TABLE report_bars AS
+            SELECT event_ts_us, symbol, coalesce(regime, 'unknown') AS regime, warm, gap, restarted,
+                   empty_after, step_decision_id, flat_equity AS capital, {columns}
+            FROM bars WHERE run_id = ? ORDER BY event_ts_us, symbol, stream_id
+            """,
+            [run_id],
+        )
+        symbols = _names(db, "symbol")
+        regimes = _names(db, "regime")
+        data = db.execute(
+            """
+            SELECT event_ts_us, list_position($1, symbol) - 1 AS symbol,
+                   list_position($2, regime) - 1 AS regime, warm, capital
+            FROM report_bars
+            """,
+            [list(symbols), list(regimes)],
+        ).fetchnumpy()
+        gap, restarted, empty, owed = db.execute(
+            """
+            SELECT count(*) FILTER (gap), count(*) FILTER (restarted),
+                   coalesce(sum(empty_after), 0), count(*) FILTER (step_decision_id IS NULL)
+            FROM report_bars
+            """
+        ).fetchall()[0]
+        ts_us = np.asarray(data["event_ts_us"], np.int64)
+        grid, cell = np.unique(ts_us, return_inverse=True)
+        return cls(
+            ts_us=ts_us,
+            symbol=np.asarray(data["symbol"], np.int64),
+            regime=np.asarray(data["regime"], np.int64),
+            warm=np.asarray(data["warm"], np.bool_),
+            capital=np.asarray(data["capital"], np.float64),
+            symbols=symbols,
+            regimes=regimes,
+            grid=grid,
+            cell=cell,
+            gap_bars=int(gap),
+            restarted_bars=int(restarted),
+            empty_bars=int(empty),
+            owed_steps=int(owed),
+        )
+
+    def by_symbol(self, values: Floats | NDArray[np.bool_]) -> Floats:
+        """Sum a column per symbol."""
+        return np.bincount(self.symbol, values, len(self.symbols)).astype(np.float64)
+
+    def by_regime(self, values: Floats | NDArray[np.bool_]) -> Floats:
+        """Sum a column per regime."""
+        return np.bincount(self.regime, values, len(self.regimes)).astype(np.float64)
+
+    def first_of_symbol(self) -> Ints:
+        """Return the index of every symbol's first bar."""
+        return np.unique(self.symbol, return_index=True)[1]
+
+    def last_of_symbol(self) -> Ints:
+        """Return the index of every symbol's last bar."""
+        return len(self.symbol) - 1 - np.unique(self.symbol[::-1], return_index=True)[1]
+
+    @property
+    def total_capital(self) -> float:
+        """Reference capital of all symbols together."""
+        return float(self.capital[self.first_of_symbol()].sum())
+
+
+_ARM_COLUMNS = (
+    "exposure",
+    "gross",
+    "turnover",
+    "fee",
+    "slippage",
+    "gross_late",
+    "equity",
+    "ruined",
+)
+
+
+_MONEY = ("gross", "turnover", "fee", "slippage", "gross_late")
+"""Columns that are fractions of the reference capital."""
+
+
+class Traded(NamedTuple):
+    """What one arm did, per bar, in account currency."""
+
+    side: Ints
+    """-1 short, 0 flat, 1 long, at the close."""
+    entered: NDArray[np.bool_]
+    gross: Floats
+    turnover: Floats
+    fee: Floats
+    slippage: Floats
+    net: Floats
+    net_late: Floats
+    equity: Floats
+    """As the account says, per symbol."""
+    ruined: NDArray[np.bool_]
+    """Per symbol."""
+
+    @classmethod
+    def load(cls, db: duckdb.DuckDBPyConnection, bars: Bars, arm: str) -> Traded:
+        """Read one arm's columns, in the order of `bars`."""
+        columns = ", ".join(f"{arm}_{item} AS {item}" for item in _ARM_COLUMNS)
+        data = db.execute(f"SELECT {columns} FROM report_bars").fetchnumpy()
+        value = {name: np.asarray(data[name], np.float64) for name in _ARM_COLUMNS}
+        money = {name: value[name] * bars.capital for name in _MONEY}
+        costs = money["fee"] + money["slippage"]
+        side = np.sign(value["exposure"]).astype(np.int64)
+        return cls(
+            side=side,
+            entered=_entries(side, bars.symbol),
+            gross=money["gross"],
+            turnover=money["turnover"],
+            fee=money["fee"],
+            slippage=money["slippage"],
+            net=money["gross"] - costs,
+            net_late=money["gross_late"] - costs,
+            equity=value["equity"],
+            ruined=bars.by_symbol(value["ruined"]) > 0.0,
+        )
+
+
+def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[str, ...]:
+    rows = db.execute(f"SELECT DISTINCT {column} FROM report_bars ORDER BY 1").fetchall()
+    return tuple(name for (name,) in rows)
+
+
+def _entries(side: Ints, symbol: Ints) -> NDArray[np.bool_]:
+    """Return where a symbol holds a position that its bar before did not hold."""
+    order = np.argsort(symbol, kind="stable")
+    before = np.zeros_like(side)
+    before[order[1:]] = np.where(symbol[order[1:]] == symbol[order[:-1]], side[order[:-1]], 0)
+    return (side != 0) & (side != before)
+
+
+def equity(bars: Bars, net: Floats) -> Floats:
+    """Return the portfolio's equity at the start and at every time of the grid.
+
+    Reference capital of all symbols plus `net` so far: a symbol without a new bar keeps its last
+    value, one without any bar its capital.
+    """
+    gains = np.bincount(bars.cell, net, len(bars.grid))
+    return bars.total_capital + np.concatenate([[0.0], np.cumsum(gains)])
+
+
+def drawdown(values: Floats) -> Floats:
+    """Return the fall of an equity curve from its peak so far, as a fraction of the peak."""
+    peak = np.maximum.accumulate(values)
+    return np.divide(peak - values, peak, out=np.zeros_like(peak), where=peak > 0.0)
