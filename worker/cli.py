@@ -109,9 +109,10 @@ def collect(
     prefix: Prefix = None,
 ) -> None:
     """Drain our decisions and comparisons into Parquet, until SIGTERM."""
-    from worker import collector
+    from worker import collector, logs
 
     where = _where(redis_url, prefix)
+    logs.configure(where.log_level)
     asyncio.run(collector.collect(where.sink_url, where.prefix, store))
 
 
@@ -124,9 +125,10 @@ def record(
     prefix: Prefix = None,
 ) -> None:
     """Keep raw input, our outputs, artifacts and the starting state, until SIGTERM."""
-    from worker import recorder
+    from worker import logs, recorder
 
     where = _where(redis_url, prefix, source_url=source_url, sink_url=sink_url)
+    logs.configure(where.log_level)
     asyncio.run(recorder.record(where.source_url, where.sink_url, where.prefix, out))
 
 

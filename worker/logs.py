@@ -52,7 +52,7 @@ def _shape(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> dict[
         "ts": datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z",
         "level": str(event.pop("level")).upper(),
         "service": SERVICE,
-        "event": event.pop("event"),
+        "event": event.pop("event").replace(".", "_").upper(),
         "correlation_id": event.pop("correlation_id", ""),
         "msg": event.pop("msg", ""),
     }
