@@ -22,7 +22,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Annotated, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import typer
 from redis.asyncio import Redis
@@ -349,16 +349,16 @@ def check(board: Board, dead_letters: int) -> None:
     )
 
 
-def plan_history(data: Sequence[Path], seconds: float, now_ms: int, keys: Keys) -> Plan:
-    """Return what to publish: the newest bars of the files, or a simulated world up to now.
+def plan_history(data: Sequence[Bars], seconds: float, now_ms: int, keys: Keys) -> Plan:
+    """Return what to publish: the newest bars of real series, or simulated ones up to now.
 
     Raises:
-        DataError: a file cannot be used, is too short, or reaches into the future.
+        DataError: a series is too short, reaches into the future or has other steps.
     """
     ticks_per_bar = 2 if data else TICKS_PER_BAR
     if data:
         fitting = max(int(seconds * MAX_RATE / (ticks_per_bar * len(data))), MIN_BARS)
-        bars = [_newest(read_bars(path), fitting, now_ms) for path in data]
+        bars = [_newest(series, fitting, now_ms) for series in data]
     else:
         bars = [
             _simulated(symbol, price, seed, now_ms)
@@ -390,7 +390,7 @@ def _simulated(symbol: str, price: float, seed: int, now_ms: int) -> Bars:
     )
 
 
-async def demo(seconds: float, data: Sequence[Path], redis_url: str | None, out: Path) -> None:
+async def demo(seconds: float, data: Sequence[Bars], redis_url: str | None, out: Path) -> None:
     """Run the whole demo.
 
     Raises:
@@ -469,23 +469,17 @@ def _say(text: str) -> None:
 
 
 def command(
-    seconds: Annotated[
-        float, typer.Option(min=1.0, help="How long the replay takes; start and report are extra.")
-    ] = 30.0,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(help="Replay real bars from a CSV or Parquet file; once per symbol."),
-    ] = None,
-    redis_url: Annotated[
-        str | None,
-        typer.Option(help="Use this Redis under a prefix of its own; all of it is removed."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="New directory for store, recording, logs and report."),
-    ] = None,
+    seconds: float, data: Sequence[Path] | None, redis_url: str | None, out: Path | None
 ) -> None:
-    """Run the whole product on one screen: Redis, worker, collector, recorder, audit and report."""
+    """Run the demo from the command line.
+
+    Args:
+        seconds: how long the replay takes; start, audit and report are extra.
+        data: files of real bars, one per symbol; none simulates.
+        redis_url: a Redis to use under a random prefix, all of which is removed; None starts one.
+        out: new directory for store, recording, logs and report; `out/demo-<time>` by default.
+    """
+    bars = [read_bars(path) for path in data or ()]
     directory = out or Path("out") / f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
         directory.mkdir(parents=True)
@@ -494,7 +488,7 @@ def command(
             f"expected --out to be a new directory, found {directory}: {error.strerror}"
         ) from error
     try:
-        asyncio.run(_until_told(demo(seconds, data or (), redis_url, directory)))
+        asyncio.run(_until_told(demo(seconds, bars, redis_url, directory)))
     except asyncio.CancelledError:
         raise typer.Exit(128 + signal.SIGTERM) from None
 
