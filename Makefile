@@ -40,8 +40,9 @@ format: .venv/.everything ## let ruff decide the layout and fix what it can
 bench: .venv/.serving     ## measure the fold: events per second and where the time goes
 	@$(BIN)/python bench/bench_fold.py $(ARGS)
 
-policy: .venv/.everything ## train the shipped policy and the RL v2 tables again
-	@$(BIN)/python -m rlv3.build_policy $(ARGS)
+policy: .venv/.everything ## train the shipped policy and RL v2's reference tables again
+	@$(BIN)/python -m rlv3.build_policy
+	@$(BIN)/python -m shadow.rl_v2_train
 
 clean:   ## remove the environment, caches and output
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out *.egg-info

@@ -1,4 +1,4 @@
-"""RL v3: the PPO policy and all it needs. Importing this package loads neither torch nor gymnasium."""
+"""RL v3: the PPO policy and all it needs. Importing it loads neither torch nor gymnasium."""
 
 from __future__ import annotations
 

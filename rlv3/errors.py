@@ -23,7 +23,7 @@ class ConfigError(UserError, ValueError):
 
 
 class PolicyError(UserError, ValueError):
-    """The artifact is missing, damaged, or made for other features or actions; the program stops."""
+    """The artifact is missing, damaged or made for other features or actions; the program stops."""
 
     exit_code = 2
 

@@ -35,7 +35,7 @@ class EntryRef(msgspec.Struct, frozen=True, gc=False):
     stream: str
     """Full stream key, for example `quantum:stream:market.tick`."""
     event_type: str
-    """The stream's logical name, for example `market.tick` (from configuration, not the envelope)."""
+    """The stream's logical name, as `market.tick`: from configuration, not the envelope."""
     entry_id: str
     id_ms: int
     """Milliseconds part of the entry id."""

@@ -4,7 +4,7 @@ Rules of this module
   * Bars are (b - step, b]: a tick stamped exactly b belongs to the bar that ends at b.
   * Everything is a pure function of ticks already folded; there is no clock and no randomness.
   * A feature is computed "as if the open bar closed now" (`MarketState.features`). When the bar
-    really closes, the same formula gives the closed-bar value. So there is no second implementation:
+    really closes, the same formula gives the closed-bar value. There is no second implementation:
     the bulk path (`feature_matrix`) calls the same `MarketState` with bars instead of ticks.
   * A value that is not known is marked in the missing-mask; it is never silently a default.
 """
@@ -262,7 +262,7 @@ class MarketState:
         self._derive()
 
     def _derive(self) -> None:
-        """Sums over the closed windows, so that `features` is O(1); recomputed, so they never drift."""
+        """Sum over the closed windows, so that `features` is O(1); anew, so that nothing drifts."""
         c = self.closes[-RETURN_WINDOW:]
         returns = [b / a - 1.0 for a, b in itertools.pairwise(c)]
         self._sum_r = math.fsum(returns)

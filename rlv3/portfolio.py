@@ -1,4 +1,4 @@
-"""The only profit-and-loss arithmetic: one account, one symbol, traded at a price and marked at prices.
+"""The only profit-and-loss arithmetic: one account, one symbol, traded and marked at prices.
 
 Used by the training environment and by every arm of the comparison, so that both mean the same by
 equity. Fills happen at the given price; fee and half-spread are cash costs of the fill, which keeps
@@ -16,7 +16,7 @@ from rlv3.events import Action
 
 
 class Costs(NamedTuple):
-    """What trading costs and when an account is ruined; frozen for a run and shown in the report."""
+    """What trading costs and when an account is ruined; frozen for a run, shown in the report."""
 
     fee_rate: float = 4e-4
     """Exchange fee per side, as a fraction of notional."""

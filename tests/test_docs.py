@@ -15,7 +15,7 @@ from typer.main import get_command
 import rlv3.cli
 import shadow.cli
 import worker.cli
-from rlv3.features import FEATURES
+from rlv3.features import FEATURES, WARM_BARS
 from shadow import records
 from worker.keys import INPUTS, OPTIONAL_INPUTS, Keys
 
@@ -43,6 +43,11 @@ def test_every_feature_has_a_row() -> None:
     text = (ROOT / "docs" / "features.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d+) \| `(\w+)`", text, re.MULTILINE)
     assert rows == [(str(i), feature.name) for i, feature in enumerate(FEATURES)]
+
+
+@pytest.mark.parametrize("name", ["features.md", "operations.md"])
+def test_warm_up_is_as_long_as_the_code_says(name: str) -> None:
+    assert f"{WARM_BARS} closed bars" in (ROOT / "docs" / name).read_text("utf-8")
 
 
 def test_contracts_have_every_record_and_every_field_has_a_meaning() -> None:
