@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
+from hiredis import pack_command
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
@@ -150,7 +151,8 @@ class _Link:
         """Send commands and return their replies; an error reply is returned, not raised."""
         link = self._connection
         try:
-            await link.send_packed_command(link.pack_commands(commands), check_health=False)
+            packed = b"".join([pack_command(tuple(command)) for command in commands])
+            await link.send_packed_command(packed, check_health=False)
             return [await self._reply() for _ in commands]
         except (RedisError, OSError) as error:
             await self.close()
