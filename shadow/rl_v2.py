@@ -149,11 +149,11 @@ def market_features(closes: Sequence[float]) -> tuple[str, float, float]:
     n = len(closes)
     if n < 4:
         return "UNKNOWN", DEFAULT_VOLATILITY, 0.0
-    returns = [b / a - 1.0 for a, b in itertools.pairwise(closes)]
+    returns = [(b - a) / a for a, b in itertools.pairwise(closes)]
     mean = sum(returns) / (n - 1)
     mean_square = sum(map(operator.mul, returns, returns)) / (n - 1)
     volatility = math.sqrt(max(mean_square - mean * mean, 0.0))
-    pressure = math.tanh(20.0 * (closes[-1] / closes[-5] - 1.0)) if n >= 6 else 0.0
+    pressure = math.tanh(20.0 * (closes[-1] - closes[-5]) / closes[-5]) if n >= 6 else 0.0
     return _regime(abs(mean), volatility) if n >= 10 else "UNKNOWN", volatility, pressure
 
 
@@ -177,7 +177,8 @@ def account_health(equity: Sequence[float]) -> float:
     """
     if len(equity) < 3:
         return 0.7
-    drawdown = 1.0 - equity[-1] / max(equity)
+    peak = max(equity)
+    drawdown = (peak - equity[-1]) / peak
     if drawdown < 0.05:
         return 1.0
     if drawdown < 0.10:
