@@ -128,3 +128,7 @@ def show(found: Report, files: render.Files | None = None) -> None:
 def main() -> None:
     """Run the command line."""
     console.run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -176,3 +176,7 @@ def _where(redis_url: str | None, prefix: str | None, **urls: str | None) -> Wor
 def main() -> None:
     """Run the command line."""
     console.run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -48,6 +48,7 @@ from shadow.records import (
 from worker.embedded import RedisServer, leashed
 from worker.errors import CheckFailed
 from worker.keys import Keys
+from worker.recorder import SNAPSHOT
 from worker.tail import AWAY, connected, read
 
 WORLD = "regime_switching"
@@ -266,9 +267,8 @@ async def _launch(
     package: str, name: str, *arguments: str | Path, output: IO[bytes] | None
 ) -> asyncio.subprocess.Process:
     """Start a command of `rlv3-worker` or `rlv3-shadow` that dies with this process."""
-    program = f"from {package}.cli import main; main()"
     return await asyncio.create_subprocess_exec(
-        *leashed(sys.executable, "-c", program, name, *map(str, arguments)),
+        *leashed(sys.executable, "-m", f"{package}.cli", name, *map(str, arguments)),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -276,9 +276,9 @@ async def _launch(
     )
 
 
-async def replay(redis: Redis, keys: Keys, board: Board) -> None:
+async def replay(redis: Redis, recording: Path, board: Board) -> None:
     """Append the history evenly over the planned seconds, in order; wait for its decisions."""
-    await _for_worker(redis, keys)
+    await _until_recorded(recording)
     history = board.plan.history
     begun = time.monotonic()
     while board.published < len(history):
@@ -297,14 +297,17 @@ async def replay(redis: Redis, keys: Keys, board: Board) -> None:
             return
 
 
-async def _for_worker(redis: Redis, keys: Keys) -> None:
-    """Wait until the worker has its first commit behind it."""
+async def _until_recorded(recording: Path) -> None:
+    """Wait until the worker has committed its start and the recorder has it: nothing escapes."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        if await redis.exists(keys.meta):
+        if (recording / SNAPSHOT).exists():
             return
         await asyncio.sleep(0.05)
-    raise CheckFailed(f"expected the worker to start within {PATIENCE_S:.0f} s, found no state")
+    raise CheckFailed(
+        f"expected worker and recorder to start within {PATIENCE_S:.0f} s, found no "
+        f"{recording / SNAPSHOT}"
+    )
 
 
 async def read_back(redis: Redis, keys: Keys, board: Board) -> None:
@@ -428,16 +431,14 @@ async def play(crew: Crew, redis: Redis, url: str, keys: Keys, board: Board) -> 
     """
     common = ("--redis-url", url, "--prefix", keys.prefix)
     await crew.start("collect", *common, "--store", crew.out / "store")
-    await crew.start("record", *common, "--out", crew.out / "recording")
+    recording = crew.out / "recording"
+    await crew.start("record", *common, "--out", recording)
     await crew.start(
-        "run", *common, "--start", "oldest", "--conflate-after", "off", "--max-event-age", "off"
-    )
-    tasks = [
-        asyncio.create_task(work)
-        for work in (
-            replay(redis, keys, board), crew.watch(), read_back(redis, keys, board), show(board),
-        )
-    ]  # fmt: skip
+        "run", *common, "--policy", shipped_policy(), "--start", "oldest",
+        "--conflate-after", "off", "--max-event-age", "off",
+    )  # fmt: skip
+    beside = (crew.watch(), read_back(redis, keys, board), show(board))
+    tasks = [asyncio.create_task(work) for work in (replay(redis, recording, board), *beside)]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         done.pop().result()

@@ -30,7 +30,7 @@ class Program:
     def __init__(self, log: Path, module: str, *arguments: str) -> None:
         self.log = log
         self.name = arguments[0]
-        command = [sys.executable, "-c", f"from {module} import main; main()", *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 leashed(*command), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
