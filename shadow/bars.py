@@ -34,6 +34,14 @@ class Bars(NamedTuple):
     """Distinct times, ascending."""
     cell: Ints
     """Index of each bar into `grid`."""
+    by_symbol: Ints
+    """Indices of the bars in (symbol, time) order."""
+    first: Ints
+    """Index of every symbol's first bar."""
+    last: Ints
+    """Index of every symbol's last bar."""
+    total_capital: float
+    """Reference capital of all symbols together."""
     gap_bars: int
     """Bars in which entries were lost."""
     restarted_bars: int
@@ -75,42 +83,38 @@ class Bars(NamedTuple):
         ).fetchall()[0]
         ts_us = np.asarray(data["event_ts_us"], np.int64)
         grid, cell = np.unique(ts_us, return_inverse=True)
+        symbol = np.asarray(data["symbol"], np.int64)
+        capital = np.asarray(data["capital"], np.float64)
+        by_symbol = np.argsort(symbol, kind="stable")
+        bounds = np.searchsorted(symbol[by_symbol], np.arange(len(symbols) + 1))
+        first = by_symbol[bounds[:-1]]
         return cls(
             ts_us=ts_us,
-            symbol=np.asarray(data["symbol"], np.int64),
+            symbol=symbol,
             regime=np.asarray(data["regime"], np.int64),
             warm=np.asarray(data["warm"], np.bool_),
-            capital=np.asarray(data["capital"], np.float64),
+            capital=capital,
             symbols=symbols,
             regimes=regimes,
             grid=grid,
             cell=cell,
+            by_symbol=by_symbol,
+            first=first,
+            last=by_symbol[bounds[1:] - 1],
+            total_capital=float(capital[first].sum()),
             gap_bars=int(gap),
             restarted_bars=int(restarted),
             empty_bars=int(empty),
             owed_steps=int(owed),
         )
 
-    def by_symbol(self, values: Floats | NDArray[np.bool_]) -> Floats:
+    def per_symbol(self, values: Floats | NDArray[np.bool_]) -> Floats:
         """Sum a column per symbol."""
         return np.bincount(self.symbol, values, len(self.symbols)).astype(np.float64)
 
-    def by_regime(self, values: Floats | NDArray[np.bool_]) -> Floats:
+    def per_regime(self, values: Floats | NDArray[np.bool_]) -> Floats:
         """Sum a column per regime."""
         return np.bincount(self.regime, values, len(self.regimes)).astype(np.float64)
-
-    def first_of_symbol(self) -> Ints:
-        """Return the index of every symbol's first bar."""
-        return np.unique(self.symbol, return_index=True)[1]
-
-    def last_of_symbol(self) -> Ints:
-        """Return the index of every symbol's last bar."""
-        return len(self.symbol) - 1 - np.unique(self.symbol[::-1], return_index=True)[1]
-
-    @property
-    def total_capital(self) -> float:
-        """Reference capital of all symbols together."""
-        return float(self.capital[self.first_of_symbol()].sum())
 
 
 _ARM_COLUMNS = (
@@ -157,7 +161,7 @@ class Traded(NamedTuple):
         side = np.sign(value["exposure"]).astype(np.int64)
         return cls(
             side=side,
-            entered=_entries(side, bars.symbol),
+            entered=_entries(side, bars),
             gross=money["gross"],
             turnover=money["turnover"],
             fee=money["fee"],
@@ -165,7 +169,7 @@ class Traded(NamedTuple):
             net=money["gross"] - costs,
             net_late=money["gross_late"] - costs,
             equity=value["equity"],
-            ruined=bars.by_symbol(value["ruined"]) > 0.0,
+            ruined=bars.per_symbol(value["ruined"]) > 0.0,
         )
 
 
@@ -174,11 +178,11 @@ def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[str, ...]:
     return tuple(name for (name,) in rows)
 
 
-def _entries(side: Ints, symbol: Ints) -> NDArray[np.bool_]:
+def _entries(side: Ints, bars: Bars) -> NDArray[np.bool_]:
     """Return where a symbol holds a position that its bar before did not hold."""
-    order = np.argsort(symbol, kind="stable")
     before = np.zeros_like(side)
-    before[order[1:]] = np.where(symbol[order[1:]] == symbol[order[:-1]], side[order[:-1]], 0)
+    before[bars.by_symbol[1:]] = side[bars.by_symbol[:-1]]
+    before[bars.first] = 0
     return (side != 0) & (side != before)
 
 

@@ -181,11 +181,10 @@ def _hole_check(db: duckdb.DuckDBPyConnection, step_us: int) -> Check:
 
 def _equity_check(bars: Bars, traded: Mapping[str, Traded]) -> Check:
     """Compare every account's own equity with the profits of its bars."""
-    first, last = bars.first_of_symbol(), bars.last_of_symbol()
     worst = 0.0
     for arm in traded.values():
-        start = arm.equity[first] - arm.net[first]
-        difference = np.abs(arm.equity[last] - start - bars.by_symbol(arm.net))
+        start = arm.equity[bars.first] - arm.net[bars.first]
+        difference = np.abs(arm.equity[bars.last] - start - bars.per_symbol(arm.net))
         worst = max(worst, float(difference.max(initial=0.0)))
     ok = worst <= 1e-9 * max(bars.total_capital, 1.0)
     found = "equal within rounding" if ok else f"differs by up to {worst:,.2f}"

@@ -314,7 +314,11 @@ def summarise(
         DataError: no row of ours, or no such run.
     """
     inputs = Inputs() if inputs is None else inputs
-    db = connection.cursor()
+    with connection.cursor() as db:
+        return _summarise(db, inputs, run_id)
+
+
+def _summarise(db: duckdb.DuckDBPyConnection, inputs: Inputs, run_id: str | None) -> Report:
     rows = _table_rows(db)
     run = _run(db, run_id)
     bars = Bars.load(db, run.run_id)
@@ -609,9 +613,9 @@ def _v2_sources(db: duckdb.DuckDBPyConnection, run_id: str) -> tuple[V2Source, .
 
 def _symbols(bars: Bars, traded: Mapping[str, Traded]) -> tuple[Symbol, ...]:
     ones = np.ones(len(bars.ts_us))
-    n, warm = bars.by_symbol(ones), bars.by_symbol(bars.warm)
-    net = {name: bars.by_symbol(arm.net) for name, arm in traded.items()}
-    entries = {name: bars.by_symbol(arm.entered) for name, arm in traded.items()}
+    n, warm = bars.per_symbol(ones), bars.per_symbol(bars.warm)
+    net = {name: bars.per_symbol(arm.net) for name, arm in traded.items()}
+    entries = {name: bars.per_symbol(arm.entered) for name, arm in traded.items()}
     cells = bars.symbol * 9 + (traded["v3"].side + 1) * 3 + traded["v2"].side + 1
     tables = np.bincount(cells[bars.warm], minlength=9 * len(bars.symbols)).reshape(-1, 3, 3)
     return tuple(
@@ -628,9 +632,9 @@ def _symbols(bars: Bars, traded: Mapping[str, Traded]) -> tuple[Symbol, ...]:
 
 
 def _regimes(bars: Bars, traded: Mapping[str, Traded]) -> tuple[Regime, ...]:
-    n = bars.by_regime(np.ones(len(bars.ts_us)))
-    net = {name: bars.by_regime(arm.net) for name, arm in traded.items()}
-    held = {name: bars.by_regime(arm.side != 0) for name, arm in traded.items()}
+    n = bars.per_regime(np.ones(len(bars.ts_us)))
+    net = {name: bars.per_regime(arm.net) for name, arm in traded.items()}
+    held = {name: bars.per_regime(arm.side != 0) for name, arm in traded.items()}
     return tuple(
         Regime(
             regime=regime,

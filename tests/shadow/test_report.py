@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 from rlv3.errors import ConfigError, DataError
 from rlv3.events import ACTION_TABLE
+from rlv3.market import simulate
+from rlv3.policy import Policy
 from shadow import charts, render
 from shadow.records import (
     ArmBar,
@@ -814,3 +816,36 @@ def test_report_command_on_no_store_is_one_sentence_and_exits_2(tmp_path: Path) 
     assert done.stderr.startswith("error: expected a store")
     assert "Traceback" not in done.stderr
     assert shadow("report", cwd=tmp_path).returncode == 2
+
+
+def write_csv(path: Path, n_bars: int) -> Path:
+    bars = simulate("regime_switching", n_bars, seed=7, symbol="BTCUSDT")
+    rows = [
+        f"{end // 1_000_000},{o},{h},{low},{c},{v}"
+        for end, o, h, low, c, v in zip(
+            bars.end_us, bars.open, bars.high, bars.low, bars.close, bars.volume, strict=True
+        )
+    ]
+    path.write_text("\n".join(["timestamp,open,high,low,close,volume", *rows, ""]))
+    return path
+
+
+def test_backtest_command_reports_v3_against_itself(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    (tmp_path / "policy.safetensors").write_bytes(make_policy(seed=1, scale=1.0).source)
+    data = write_csv(tmp_path / "BTCUSDT.csv", 90)
+    command = ("backtest", "--policy", "policy.safetensors", "--data", data, "--self")
+    done = shadow(*command, "--json", "--store", "rows", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)["report"]
+    v3, v2 = report["arms"][:2]
+    assert {**v3, "name": "v2"} == v2
+    assert set(report["curves"]["difference"]["last"]) == {0.0}
+    assert report["health"]["checks"][0]["ok"]
+    assert "Self-play" in report["notices"][0]
+    again = shadow("report", "--store", "rows", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["report"] == report
+    absent = shadow("backtest", "--policy", "none.safetensors", "--data", data, cwd=tmp_path)
+    assert absent.returncode == 2
+    assert absent.stderr.startswith("error: ")
