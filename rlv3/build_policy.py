@@ -21,10 +21,11 @@ from rlv3.market import WORLDS
 from rlv3.policy import shipped_policy
 from rlv3.trainer import Update
 
-CONFIG = RLv3Config(seed=7)
-STEPS = 300_000
+CONFIG = RLv3Config(seed=7, entropy_coef=0.002)
+STEPS = 200_000
 MARKETS = ("regime_switching", "regime_switching", "regime_switching", "momentum",
            "mean_reversion", "random_walk")  # fmt: skip
+OUT = shipped_policy()
 EVALUATION_SEED = 20_000
 EVALUATION_SERIES = 20
 
@@ -51,7 +52,7 @@ def build(steps: int = STEPS) -> RLv3Manager:
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Artifact to write.")] = shipped_policy(),
+    out: Annotated[Path, typer.Option(help="Artifact to write.")] = OUT,
 ) -> None:
     """Train the shipped policy with fixed seeds and write its artifact."""
     manager = build()
