@@ -51,8 +51,8 @@ CONNECT_TIMEOUT_S = 2.0
 AHEAD_MS = 1_000
 """An id further ahead of TIME than this is an incident: a clock step or a producer's own id."""
 HELD_SLEEP_S = 0.001
-DECISIONS_KEPT = 10_000
-"""The newest decisions stay on the stream for its other readers, collected or not."""
+KEPT = 10_000
+"""The newest of each of our streams stay for its other readers (a recorder), collected or not."""
 TRIM_LIMIT = 2_000
 """Entries removed per stream and call: about half a millisecond of Redis."""
 HEARTBEAT_TTL_S = 10
@@ -254,8 +254,8 @@ class Bus:
         self._sink = _Link(sink_url)
         self._encode = _to_msgpack if codec == "msgpack" else bytes
         self._caps = {
-            "rl_v3.decision": (keys.decisions, DECISIONS_KEPT, decisions_cap),
-            "rl_v3.comparison": (keys.comparisons, 0, comparisons_cap),
+            "rl_v3.decision": (keys.decisions, KEPT, decisions_cap),
+            "rl_v3.comparison": (keys.comparisons, KEPT, comparisons_cap),
         } | {f"dlq:{name}": (keys.dlq(name), dlq_cap, dlq_cap) for name in inputs}
         self._outputs = {name: key for name, (key, _, _) in self._caps.items()}
         self._ranks = {key.encode(): rank for rank, key in enumerate(self.streams)}

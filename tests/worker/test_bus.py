@@ -499,18 +499,18 @@ def fill(client: redis.Redis, key: str, n: int) -> Callable[[], object]:
     return add
 
 
-def test_collected_comparisons_go_and_others_stay(redis_server, client) -> None:
-    client.hset(KEYS.collected, KEYS.comparisons, "700-0")
-    assert trimmed(redis_server.url, fill(client, KEYS.comparisons, 1_000)) == 0
+@pytest.mark.parametrize("key", [KEYS.comparisons, KEYS.decisions])
+def test_collected_entries_go_beyond_the_newest_ten_thousand(redis_server, client, key) -> None:
+    client.hset(KEYS.collected, key, "10500-0")
+    assert trimmed(redis_server.url, fill(client, key, 10_500)) == 0
+    assert 10_000 <= client.xlen(key) <= 10_100
+
+
+def test_uncollected_entries_stay(redis_server, client) -> None:
+    client.hset(KEYS.collected, KEYS.comparisons, "200-0")
+    assert trimmed(redis_server.url, fill(client, KEYS.comparisons, 10_500)) == 0
     first = client.xrange(KEYS.comparisons, count=1)[0][0]
-    assert 600 <= int(first.split(b"-")[0]) <= 700
-    assert client.xlen(KEYS.comparisons) <= 400
-
-
-def test_newest_decisions_stay_although_collected(redis_server, client) -> None:
-    client.hset(KEYS.collected, KEYS.decisions, "10500-0")
-    assert trimmed(redis_server.url, fill(client, KEYS.decisions, 10_500)) == 0
-    assert 10_000 <= client.xlen(KEYS.decisions) <= 10_100
+    assert 100 <= int(first.split(b"-")[0]) <= 201
 
 
 @pytest.mark.parametrize("collected", [None, "250-0"])
