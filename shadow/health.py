@@ -80,6 +80,8 @@ def examine(
         _v2_check(db),
         _hole_check(db, step_us),
         _equity_check(bars, traded),
+        _incident_check(db),
+        _collector_check(db, collected),
     ]
     return Health(
         streams=tuple(_stream(name, dict(counts[name])) for name in sorted(counts)),
@@ -189,3 +191,26 @@ def _equity_check(bars: Bars, traded: Mapping[str, Traded]) -> Check:
     ok = worst <= 1e-9 * max(bars.total_capital, 1.0)
     found = "equal within rounding" if ok else f"differs by up to {worst:,.2f}"
     return Check("change of equity = sum of net profits, every account", ok, found)
+
+
+def _incident_check(db: duckdb.DuckDBPyConnection) -> Check:
+    found = db.execute(
+        """
+        SELECT reason, count(*) FROM ledger WHERE reason NOT IN ('minute', 'stop', 'conflated')
+        GROUP BY 1 ORDER BY 1
+        """
+    ).fetchall()
+    text = ", ".join(f"{reason} {n:,}" for reason, n in found) or "none"
+    return Check("no incident in the ledger", not found, text)
+
+
+def _collector_check(
+    db: duckdb.DuckDBPyConnection, collected: Mapping[str, Mapping[str, int]]
+) -> Check:
+    lost = sum(counts.get("lost", 0) for counts in collected.values())
+    parked = count(db, "SELECT count(*) FROM rejected")
+    return Check(
+        "the collector lost nothing and could read everything",
+        lost == 0 and parked == 0,
+        f"{lost:,} entries trimmed before they were collected, {parked:,} unreadable",
+    )

@@ -99,8 +99,7 @@ def terminal(report: Report, files: Files | None = None) -> list[str]:
     lines += [_agreement(report.agreement), _pairs(report), _unpaired(report)]
     lines += [_mix("steps", report.actions.steps), _mix("advisory", report.actions.advisory)]
     lines.append(_data(report))
-    names = ", ".join(name for name, _ in report.not_modelled)
-    lines.append(_cut(f"Not modelled: {names}"))
+    lines.append(_not_modelled([name for name, _ in report.not_modelled]))
     if files is not None:
         inputs = report.provenance.input_sha256[:12]
         lines += [f"Report {files.html}", f"JSON   {files.json}   inputs sha256:{inputs}"]
@@ -123,7 +122,7 @@ def arm_rows(arms: Sequence[Arm]) -> Iterator[tuple[str, list[str]]]:
 def _headline(report: Report) -> str:
     policy = (report.run.policy_digest or "unknown")[:12]
     opponents = " and ".join(opponent.name for opponent in report.run.opponents) or "nobody"
-    return _cut(f"RL v3 {policy} against {opponents}  (simulated, never traded)")
+    return _cut(f"RL v3 {policy} against {opponents} (simulated, never traded)")
 
 
 def _verdict(report: Report) -> str:
@@ -134,9 +133,10 @@ def _period(report: Report) -> str:
     period = report.period
     if period.start_us is None or period.end_us is None:
         return f"no closed bar  run {report.run.run_id}"
+    symbols = "1 symbol" if len(period.symbols) == 1 else f"{len(period.symbols):,} symbols"
     return _cut(
-        f"{moment(period.start_us)} to {moment(period.end_us)} UTC, {len(period.symbols)} "
-        f"symbol(s), {period.bars:,} bars, run {report.run.run_id}"
+        f"{moment(period.start_us)} to {moment(period.end_us)} UTC, {symbols}, "
+        f"{period.bars:,} bars, run {report.run.run_id[:8]}"
     )
 
 
@@ -189,10 +189,20 @@ def _data(report: Report) -> str:
     }
     failed = sum(not check.ok for check in report.health.checks)
     return _cut(
-        f"Data read {sum(stream.read for stream in streams):,}, decided {total['decided']:,}, "
-        f"conflated {total['conflated']:,}, dead {total['dead_letter']:,}, lost {lost(report)}, "
-        f"checks {'ok' if not failed else f'{failed} FAILED'}"
+        f"Data checks {'ok' if not failed else f'{failed} FAILED'}, lost {lost(report)}, "
+        f"dead {total['dead_letter']:,}, conflated {total['conflated']:,}, "
+        f"decided {total['decided']:,} of {sum(stream.read for stream in streams):,}"
     )
+
+
+def _not_modelled(names: Sequence[str]) -> str:
+    """Name as many as fit, and say how many there are beside them."""
+    for shown in range(len(names), 0, -1):
+        rest = f" and {len(names) - shown} more" if shown < len(names) else ""
+        line = f"Not modelled: {', '.join(names[:shown])}{rest}"
+        if len(line) <= COLUMNS:
+            return line
+    return f"Not modelled: {len(names)} things"
 
 
 def lost(report: Report) -> str:
@@ -235,13 +245,16 @@ def moment(ts_us: int) -> str:
 
 
 def _axis_money(value: float, step: float) -> str:
-    digits = 0 if step >= 1 else 1 if step >= 0.1 else 2 if step >= 0.01 else 4
-    return f"{value + 0.0:,.{digits}f}"
+    return f"{value + 0.0:,.{_digits(step)}f}"
 
 
 def _axis_percent(value: float, step: float) -> str:
-    digits = 0 if step >= 0.01 else 1 if step >= 0.001 else 2 if step >= 0.0001 else 4
-    return f"{abs(100 * value):.{digits}f} %"
+    return f"{abs(100 * value):.{_digits(100 * step)}f} %"
+
+
+def _digits(step: float) -> int:
+    """Return how many decimals tell neighbouring labels apart without rounding them."""
+    return next((n for n in range(6) if abs(step - round(step, n)) < 1e-6 * step), 6)
 
 
 # -- HTML ------------------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ from shadow.store import TABLES, StoreReader
 REPORT_VERSION = 1
 BUCKETS = 300
 """Points of a drawn curve; longer series keep the lowest, highest and last value per bucket."""
+COLLECTED = ("repeated", "rejected", "lost")
+"""Counters of the collector that a reader should see; its others are its own bookkeeping."""
 NOT_MODELLED = (
     ("funding", "no funding payments; perpetual positions are held free of charge"),
     ("market impact", "our size does not move the price"),
@@ -731,6 +733,8 @@ def _inputs(reader: StoreReader, connection: duckdb.DuckDBPyConnection) -> Input
             (Path(name).relative_to(reader.directory).as_posix(), n) for name, n in found
         )
     collected = {
-        name: {"rows": group.rows, **group.counts} for name, group in reader.position.groups.items()
+        name: {"rows": group.rows}
+        | {what: group.counts[what] for what in COLLECTED if what in group.counts}
+        for name, group in reader.position.groups.items()
     }
     return Inputs(tuple(segments), collected)

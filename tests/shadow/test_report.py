@@ -421,6 +421,24 @@ def test_conflated_entries_must_be_named(tmp_path: Path) -> None:
     assert failed(report) == ["every conflated entry is named in the ledger"]
 
 
+def test_incidents_and_unreadable_rows_are_reported(tmp_path: Path) -> None:
+    incident = ledger_row({"market.tick": {"decided": 4}}, "corrupt_state", entry_ids=("AAA",))
+    store = write_store(tmp_path, [*hand_records()[:-1], incident])
+    writer = StoreWriter(store)
+    writer.append(COMPARISONS, f"{T0 // 1000}-999", b"no record")
+    writer.counts(COMPARISONS)["lost"] = 7
+    writer.flush()
+    writer.close()
+    report = read_report(store)
+    assert failed(report) == [
+        "no incident in the ledger",
+        "the collector lost nothing and could read everything",
+    ]
+    assert report.health.checks[-2].found == "corrupt_state 1"
+    assert report.health.checks[-1].found.startswith("7 entries trimmed")
+    assert report.provenance.rejected == 1
+
+
 # -- stores of another kind ------------------------------------------------------------------------
 
 
@@ -714,7 +732,7 @@ def test_terminal_fits_and_agrees_with_the_json(hand: Report) -> None:
     assert "Agreement 60.0 % of 5 warm bars" in text
     assert "Pairs 5 (rule 1: 4, rule 5: 1)" in text
     assert "Unpaired v2 1 (missing_v3 1); v3 2 (missing_v2 2)" in text
-    assert "Data read 10, decided 4, conflated 0, dead 1, lost 5, checks ok" in text
+    assert "Data checks ok, lost 5, dead 1, conflated 0, decided 4 of 10" in text
 
 
 def test_terminal_fits_in_the_worst_case(tmp_path: Path) -> None:
@@ -755,6 +773,13 @@ def test_value_axis_is_round_and_covers_the_data(
     low: float, high: float, ticks: list[float]
 ) -> None:
     assert charts.value_ticks(low, high)[0] == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(
+    ("step", "digits"), [(500.0, 0), (2.5, 1), (1.0, 0), (0.25, 2), (0.1, 1), (2.5e-3, 4)]
+)
+def test_axis_labels_are_not_rounded(step: float, digits: int) -> None:
+    assert render._digits(step) == digits
 
 
 @settings(max_examples=200, deadline=None)
