@@ -53,9 +53,12 @@ from shadow.rl_v2 import (
 )
 
 SEED = 20_260_101
-EPISODES = 1_200
+EPISODES = 2_400
 EPISODE_BARS = 1_000
-CURRICULUM = ("regime_switching", "momentum", "regime_switching", "random_walk")
+CURRICULUM = (
+    "regime_switching", "regime_switching", "momentum",
+    "regime_switching", "momentum", "random_walk",
+)  # fmt: skip
 """Worlds in turn. Half are the default world; the random walk teaches when to stay out."""
 EPSILON_START, EPSILON_DECAY = 0.3, 0.99997
 """Slower than production's, where exploration of all states is over after 2,300 updates."""
@@ -166,6 +169,7 @@ class Player:
         self.holding: Holding | None = None
         self.target = 0.0
         self.choices: list[V2Choice] = []
+        self.bars = 0
         self.entries = 0
         self.flat = 0
 
@@ -178,6 +182,7 @@ class Player:
     def on_close(self, price: float) -> None:
         """Mark the account and observe the closed bar."""
         self.on_price(price)
+        self.bars += 1
         self.reference.observe_close(price)
         self.reference.observe_equity(self.account.equity)
 
@@ -192,34 +197,36 @@ class Player:
         ).target
         realised = account.realised
         closes = self.target != 0.0 and target * self.target <= 0.0
-        if closes:
-            account.rebalance(0.0, price, HALF_SPREAD)
-            self.target = 0.0
-        self._learn(choice, flat=target == 0.0, closed=closes)
+        equity = account.equity
+        if closes:  # the exit's costs are the old position's, also where one trade turns it round
+            exit_notional = abs(account.quantity) * price
+            equity -= exit_notional * (account.costs.fee_rate + HALF_SPREAD)
+        self._learn(choice, equity, flat=target == 0.0, closed=closes)
         if target == 0.0:
             self.flat += 1
             self.holding = None
         else:
-            self.entries += self.target == 0.0
-            self.holding = Holding(choice, abs(target), account.equity)
-            if target != self.target:
-                account.rebalance(target, price, HALF_SPREAD)
+            self.entries += closes or self.target == 0.0
+            self.holding = Holding(choice, abs(target), equity)
+        if target != self.target:
+            account.rebalance(target, price, HALF_SPREAD)
+            if self.holding is not None:
                 self.holding.mark(account.equity)
         self.target = target
         if account.realised != realised:
             self.reference.record_outcome(account.realised > realised)
 
-    def _learn(self, choice: V2Choice, *, flat: bool, closed: bool) -> None:
+    def _learn(self, choice: V2Choice, equity: float, *, flat: bool, closed: bool) -> None:
         if self.pupils is None:
             return
         if self.holding is not None:
             regime, _, _ = market_features(list(self.reference.closes))
             successor = None if closed else choice
-            self.pupils.held(self.holding, self.account.equity, regime, successor)
+            self.pupils.held(self.holding, equity, regime, successor)
         if flat:
             self.pupils.stayed_flat(choice)
 
-    def score(self, bars: int) -> Score:
+    def score(self) -> Score:
         """Return what it did."""
         tables = self.reference.tables
         known = sum(
@@ -227,11 +234,11 @@ class Player:
             for c in self.choices
         )
         profit = self.account.equity / self.account.initial - 1.0
-        return Score(bars, len(self.choices), known, self.entries, self.flat, profit)
+        return Score(self.bars, len(self.choices), known, self.entries, self.flat, profit)
 
 
-def play(bars: Bars, tables: QTables, *, pupils: Pupils | None = None, seed: str = "") -> Score:
-    """Let v2 trade a series from a fresh account.
+def play(bars: Bars, tables: QTables, *, pupils: Pupils | None = None, seed: str = "") -> Player:
+    """Let v2 trade a series from a fresh account, with fills at the price of the signal.
 
     Args:
         pupils: None plays greedily and learns nothing.
@@ -248,7 +255,7 @@ def play(bars: Bars, tables: QTables, *, pupils: Pupils | None = None, seed: str
             signal = Signal(ref, bars.symbol, start_us, spoken[t], SIGNAL_CONFIDENCE)
             player.on_signal(signal, open_, f"{seed}:{t}")
         player.on_close(close)
-    return player.score(len(spoken))
+    return player
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -282,7 +289,8 @@ def _shortened(table: QTable) -> QTable:
 def unseen(world: str, tables: QTables, series: int = UNSEEN_SERIES) -> list[Score]:
     """Return what the tables do, greedy, on series of a world that training did not use."""
     return [
-        play(simulate(world, EPISODE_BARS, seed=[UNSEEN_SEED, i]), tables) for i in range(series)
+        play(simulate(world, EPISODE_BARS, seed=[UNSEEN_SEED, i]), tables).score()
+        for i in range(series)
     ]
 
 
