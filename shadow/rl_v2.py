@@ -9,7 +9,7 @@ Where production's wiring kept v2 from learning (inputs never supplied, one glob
 symbols, outcomes without profit, a close followed by a next state), this reference does what v2 was
 meant to do: one memory per symbol, both agents decide before the trade, and a transition that ends
 with the close of the position is terminal. Everything is pure: no clock, and exploration is drawn
-from a text that the caller gives. `python -m shadow.rl_v2` trains the shipped tables.
+from a text that the caller gives. `python -m shadow.rl_v2_train` makes the shipped tables.
 """
 
 from __future__ import annotations
@@ -389,7 +389,7 @@ class QLearner:
 
 META_FILE = "meta_strategy_q_table.json"
 SIZING_FILE = "position_sizing_q_table.json"
-SHIPPED: Path = Path(__file__).parent / "data"
+SHIPPED = Path(__file__).parent / "data"
 META_KEYS = tuple(map(action_key, META_ACTIONS))
 SIZING_KEYS = tuple(map(action_key, SIZING_ACTIONS))
 
@@ -590,9 +590,3 @@ class V2Reference:
         self.closes = deque(map(float, closes), PRICE_WINDOW)
         self.equity = deque(map(float, equity), EQUITY_WINDOW)
         self.outcomes = deque(map(int, outcomes), OUTCOME_WINDOW)
-
-
-if __name__ == "__main__":
-    from shadow.rl_v2_train import main
-
-    main()

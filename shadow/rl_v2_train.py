@@ -336,3 +336,7 @@ def main() -> None:
     app = typer.Typer(add_completion=False)
     app.command()(command)
     run(app)
+
+
+if __name__ == "__main__":
+    main()

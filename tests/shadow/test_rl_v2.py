@@ -46,7 +46,7 @@ from shadow.rl_v2 import (
     sizing_reward,
     winrate,
 )
-from shadow.rl_v2_train import Holding, Pupils, play, signal_directions, train, unseen
+from shadow.rl_v2_train import Holding, Pupils, command, play, signal_directions, train, unseen
 
 LN3 = math.log(3.0)
 
@@ -578,6 +578,14 @@ def test_training_twice_gives_the_same_tables() -> None:
     assert train(range(6), seed=1).digest == tables.digest
     assert train(range(6), seed=2).digest != tables.digest
     assert tables.trained
+
+
+def test_command_writes_the_same_bytes_twice(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        command(tmp_path / name, episodes=6, seed=1)
+    for file in (META_FILE, SIZING_FILE):
+        first = (tmp_path / "a" / f"{file}.gz").read_bytes()
+        assert first == (tmp_path / "b" / f"{file}.gz").read_bytes()
 
 
 def test_shipped_tables_are_small_trained_and_done_exploring() -> None:
