@@ -91,7 +91,7 @@ class Track:
         self.first = int(warm[0]) if len(warm) else len(bars.close)
         if self.first >= self.last:
             raise DataError(
-                f"{bars.symbol}: expected more than {WARM_BARS + 2} bars without a long gap, "
+                f"{bars.symbol}: expected at least {WARM_BARS + 2} bars without a long gap, "
                 f"found {len(bars.close)} bars, warm from bar {self.first}"
             )
 
@@ -284,7 +284,7 @@ class TradingEnvV3(gym.Env[NDArray[np.float32], np.int64]):
             raise ValueError(f"action must be 0 to {N_ACTIONS - 1}, was {action}")
         if not track.advance(t):
             return self._observe(), 0.0, account.ruined, True, self._info()
-        if track.cold[t] and action in (Action.LONG, Action.SHORT):
+        if (track.cold[t] or account.cooldown) and action in (Action.LONG, Action.SHORT):
             action = Action.HOLD
         equity_before = account.equity
         account.end_step()

@@ -319,9 +319,9 @@ MOMENTUM_PHI = 0.98
 REVERSION_KAPPA = 0.08  # share of the distance to the slow walk that a bar closes
 REVERSION_SIGMA = 1.2e-3
 
-TREND_DRIFT = 5e-4  # mean |drift| per bar of a trend: 5 bp, drawn between 0.6 and 1.4 of it
-TREND_BARS = 45  # mean length of a trend, at least 20
-RANGE_BARS = 25  # mean length of a range, at least 10
+TREND_DRIFT = 6e-4  # mean |drift| per bar of a trend: 6 bp, drawn between 0.6 and 1.4 of it
+TREND_BARS, TREND_LEAST = 36, 16  # mean and least length of a trend
+RANGE_BARS, RANGE_LEAST = 18, 8  # mean and least length of a range
 RANGE_SIGMA = 3e-4
 RANGE_KAPPA = 0.1
 
@@ -351,20 +351,20 @@ def _mean_reversion(n: int, rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def _regime_switching(n: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Trends of +-3 to 7 bp a bar for ~45 bars, and ranges of ~25 bars around a level.
+    """Trends of +-3.6 to 8.4 bp a bar for ~36 bars, and ranges of ~18 bars around a level.
 
-    A trend moves ~225 bp, a round trip costs 10 bp: whoever notices it within a quarter of an hour
+    A trend moves ~216 bp, a round trip costs 10 bp: whoever notices it within a quarter of an hour
     earns; in a range nobody does.
     """
     level, path, t = 0.0, np.empty(n), 0
     trending = bool(rng.random() < 0.5)
     while t < n:
         if trending:
-            length = 20 + int(rng.geometric(1 / (TREND_BARS - 20)))
+            length = TREND_LEAST + int(rng.geometric(1 / (TREND_BARS - TREND_LEAST)))
             drift = rng.choice((-1.0, 1.0)) * TREND_DRIFT * rng.uniform(0.6, 1.4)
             piece = level + np.cumsum(rng.normal(drift, SIGMA, length))
         else:
-            length = 10 + int(rng.geometric(1 / (RANGE_BARS - 10)))
+            length = RANGE_LEAST + int(rng.geometric(1 / (RANGE_BARS - RANGE_LEAST)))
             noise = rng.normal(0.0, RANGE_SIGMA, length)
             distance, piece = 0.0, np.empty(length)
             for i in range(length):

@@ -40,7 +40,7 @@ IN_POSITION = (True, False, False, True, True, True)
 IN_LONG = (True, False, True, True, True, True)  # on_opposite="reverse"
 IN_SHORT = (True, True, False, True, True, True)
 ANY = (True, True, True, True, True, True)
-NO_ENTRY = (True, False, False, True, True, True)  # without masks, while cold
+NO_ENTRY = (True, False, False, True, True, True)  # without masks, while cold or cooling down
 
 
 class Account:
@@ -197,12 +197,12 @@ class Account:
 
         Flat: HOLD, LONG, SHORT. In a position: HOLD, REDUCE, CLOSE, EMERGENCY_FLATTEN. Cooling
         down, ruined, cold and flat, or with an order pending: HOLD. Without masks: all six, but
-        nobody enters while cold.
+        nobody enters while cold or cooling down.
         """
         if pending or self.ruined:
             return HOLD_ONLY
         if not use_masks:
-            return NO_ENTRY if cold else ANY
+            return NO_ENTRY if cold or self.cooldown > 0 else ANY
         side = self.side
         if side == 0:
             return HOLD_ONLY if cold or self.cooldown > 0 else FLAT

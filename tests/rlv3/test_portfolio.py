@@ -94,6 +94,7 @@ def test_flatten_stands_aside_for_fifteen_steps() -> None:
     account.act(Action.EMERGENCY_FLATTEN, 100.0, 0.0)
     for _ in range(15):
         assert account.valid_actions() == HOLD_ONLY
+        assert account.valid_actions(use_masks=False) == (True, False, False, True, True, True)
         assert account.act(Action.LONG, 100.0, 0.0) == 0.0
         account.end_step()
     assert account.valid_actions() == FLAT
