@@ -89,14 +89,19 @@ def infer(policy: Policy, events: int) -> None:
         policy.decide(policy.normaliser.apply(rows, missing), masks)
 
 
-def seconds(work: Callable[[], object], rounds: int) -> float:
-    """Return the median time of a piece of work, after one round that is thrown away."""
-    taken = []
+def medians(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each piece of work.
+
+    Every round does all of them in turn, so that a busy moment of the machine hits none alone; the
+    first round is thrown away.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds + 1):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
 def main() -> None:
@@ -116,13 +121,17 @@ def main() -> None:
         raise SystemExit(f"{len(entries)} entries, {len(ticks)} ticks, {len(decisions)} decisions")
     structs = [decode_decision(payload) for payload in decisions]
 
-    parts = {
-        "decode": seconds(lambda: [codec.decode(entry) for entry in entries], args.rounds),
-        "market, features": seconds(lambda: update_markets(ticks), args.rounds),
-        "policy": seconds(lambda: infer(policy, len(ticks)), args.rounds),
-        "encode decisions": seconds(lambda: [encode(item) for item in structs], args.rounds),
-    }
-    whole = seconds(lambda: fold(policy, entries), args.rounds)
+    parts = medians(
+        {
+            "whole": lambda: fold(policy, entries),
+            "decode": lambda: [codec.decode(entry) for entry in entries],
+            "market, features": lambda: update_markets(ticks),
+            "policy": lambda: infer(policy, len(ticks)),
+            "encode decisions": lambda: [encode(item) for item in structs],
+        },
+        args.rounds,
+    )
+    whole = parts.pop("whole")
     parts["rest"] = whole - sum(parts.values())
     print(f"{args.events} ticks, {args.symbols} symbols, median of {args.rounds} rounds")
     print(f"{'whole fold':<18}{args.events / whole:>10,.0f} events/s")
