@@ -15,6 +15,7 @@ import asyncio
 import hashlib
 import inspect
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -39,6 +40,7 @@ from rlv3.errors import ConfigError
 from shadow.records import SCHEMA_VERSION, Commit, Entry, Output
 from worker.errors import CheckFailed, Fenced, RedisUnavailable
 from worker.keys import Keys
+from worker.losses import ORIGIN, Losses, StreamInfo, entry_key
 
 SOURCE = "rl-v3-shadow"
 """The envelope's source, and the service name of the bus."""
@@ -51,12 +53,12 @@ CONNECT_TIMEOUT_S = 2.0
 AHEAD_MS = 1_000
 """An id further ahead of TIME than this is an incident: a clock step or a producer's own id."""
 HELD_SLEEP_S = 0.001
+LOSS_CHECK_S = 0.25
 KEPT = 10_000
 """The newest of each of our streams stay for its other readers (a recorder), collected or not."""
 TRIM_LIMIT = 2_000
 """Entries removed per stream and call: about half a millisecond of Redis."""
 HEARTBEAT_TTL_S = 10
-ABSENT = "0-0"
 
 
 class BusError(Exception):
@@ -75,6 +77,8 @@ class Batch(NamedTuple):
     """TIME minus the id of the oldest entry that is not folded yet; 0 when there is none."""
     ahead: int
     """Entries whose id is more than 1 s ahead of TIME, released as read."""
+    lost: dict[str, int | None]
+    """Event type -> entries trimmed before we read them, found now; None: some, on Redis 6.2."""
 
 
 class Start(NamedTuple):
@@ -125,12 +129,6 @@ def shown(url: str) -> str:
     """Return a URL without its password."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def entry_key(entry_id: str) -> tuple[int, int]:
-    """Return an entry id as numbers, in the order of the stream."""
-    ms, _, seq = entry_id.partition("-")
-    return int(ms), int(seq or 0)
 
 
 class _Link:
@@ -262,6 +260,8 @@ class Bus:
         self._stored = ""  # the cursors field as the sink holds it
         self._written: dict[str, str] = {}  # fields of meta that are known to be there
         self._held = False
+        self._losses = Losses({}, {})
+        self._checked_at = -math.inf
         self._time_ms = 0.0
         self._time_at = time.monotonic()
 
@@ -292,16 +292,16 @@ class Bus:
             RedisUnavailable: Redis does not answer or refuses.
         """
         try:
-            last = await self._last_ids()
-            return await self._acquire(last, start=start, on_gap=on_gap, owner=owner)
+            infos = await self._stream_infos()
+            return await self._acquire(infos, start=start, on_gap=on_gap, owner=owner)
         except BusError as error:
             raise _refusal(self._sink.url, error) from error
 
     async def _acquire(
-        self, last: Mapping[str, str | None], *, start: str, on_gap: str, owner: str
+        self, infos: Mapping[str, StreamInfo | None], *, start: str, on_gap: str, owner: str
     ) -> Start:
-        newest = {stream: entry_id or ABSENT for stream, entry_id in last.items()}
-        oldest = dict.fromkeys(self.streams, ABSENT)
+        newest = {stream: info.last if info else ORIGIN for stream, info in infos.items()}
+        oldest = dict.fromkeys(self.streams, ORIGIN)
         first = oldest if start == "oldest" else newest
         resumed = {"fail": None, "resume-oldest": oldest, "resume-latest": newest}[on_gap]
         keys = self.keys
@@ -330,30 +330,42 @@ class Bus:
         added = [stream for stream in self.streams if stream not in cursors]
         cursors.update({stream: first[stream] for stream in added})
         self._written = {}
+        self._checked_at = -math.inf
+        counts = _counts(meta)
+        self._losses = Losses(meta, counts)
+        for event_type, stream in zip(self.inputs, self.streams, strict=True):
+            if self.seq == 0 or stream in added:
+                self._losses.begin(event_type, infos[stream], cursors[stream])
         return Start(
             epoch=self.epoch,
             seq=self.seq,
             gap=reply[3].decode(),
             added=added,
-            absent=[stream for stream, entry_id in last.items() if entry_id is None],
+            absent=[stream for stream, info in infos.items() if info is None],
             cells=await self._load_cells([symbol.decode() for symbol in reply[5]]),
-            counts=_counts(meta),
+            counts=counts,
             policy=meta.get(b"policy", b"").decode(),
             frozen=meta.get(b"frozen", b"").decode(),
         )
 
-    async def _last_ids(self) -> dict[str, str | None]:
-        """Return every input stream's last generated id on the source; None where it is absent."""
-        infos = await self._source.send(*(("XINFO", "STREAM", key) for key in self.streams))
-        last: dict[str, str | None] = {}
-        for stream, info in zip(self.streams, infos, strict=True):
-            if isinstance(info, ResponseError):
-                if "no such key" not in str(info):
-                    raise BusError(f"{self._source.url}: {stream}: {info}") from info
-                last[stream] = None
+    async def _stream_infos(self) -> dict[str, StreamInfo | None]:
+        """Return XINFO STREAM of every input on the source; None where it is absent."""
+        replies = await self._source.send(*self._info_commands())
+        return dict(zip(self.streams, self._infos(replies), strict=True))
+
+    def _info_commands(self) -> list[tuple[str, ...]]:
+        return [("XINFO", "STREAM", stream) for stream in self.streams]
+
+    def _infos(self, replies: Sequence[Any]) -> list[StreamInfo | None]:
+        infos: list[StreamInfo | None] = []
+        for stream, reply in zip(self.streams, replies, strict=True):
+            if not isinstance(reply, RedisError):
+                infos.append(StreamInfo.parse(reply))
+            elif "no such key" in str(reply):
+                infos.append(None)
             else:
-                last[stream] = _pairs(info)[b"last-generated-id"].decode()
-        return last
+                raise BusError(f"{self._source.url}: {stream}: {reply}") from reply
+        return infos
 
     async def _load_cells(self, symbols: Sequence[str]) -> dict[str, dict[str, bytes]]:
         if not symbols:
@@ -384,10 +396,12 @@ class Bus:
 
     async def read(self, count: int) -> Batch:
         """Return the entries after our cursors that are due, at most `count` of each stream."""
-        (seconds, micros), reply = await self._source.transaction(
+        check = time.monotonic() - self._checked_at >= LOSS_CHECK_S
+        (seconds, micros), reply, *infos = await self._source.transaction(
             ("TIME",),
             ("XREAD", "COUNT", count, "STREAMS", *self.streams,
              *(self.cursors[stream] for stream in self.streams)),
+            *(self._info_commands() if check else ()),
         )  # fmt: skip
         self._time_ms = int(seconds) * 1000 + int(micros) / 1000
         self._time_at = time.monotonic()
@@ -403,7 +417,18 @@ class Bus:
             [entry.id_ms for entry in released[:1]] + ([held] if held is not None else []),
             default=self._time_ms,
         )
-        return Batch(released, max(0.0, self._time_ms - oldest), ahead)
+        lost = self._lost(self._infos(infos)) if check else {}
+        return Batch(released, max(0.0, self._time_ms - oldest), ahead, lost)
+
+    def _lost(self, infos: Sequence[StreamInfo | None]) -> dict[str, int | None]:
+        """Compare our counts with the server's; all that was read before is committed by now."""
+        self._checked_at = time.monotonic()
+        found = {}
+        for event_type, stream, info in zip(self.inputs, self.streams, infos, strict=True):
+            missed = self._losses.check(event_type, info, self.cursors[stream])
+            if missed != 0:
+                found[event_type] = missed
+        return found
 
     async def wait(self) -> None:
         """Return when there may be something to read, within a second; costs nothing while idle."""
@@ -414,6 +439,10 @@ class Bus:
             "XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *self.streams,
             *(self.cursors[stream] for stream in self.streams),
         )  # fmt: skip
+
+    def lost_total(self) -> dict[str, int]:
+        """Return event type -> entries trimmed before we read them, since the first start."""
+        return self._losses.totals()
 
     def server_ms(self) -> float:
         """Return the source's TIME now, in milliseconds, carried on from the last read."""
@@ -442,9 +471,8 @@ class Bus:
         """
         cursors = self.cursors | commit.cursors
         stored = _dump_cursors(cursors, self.seq + 1)
-        fresh = {
-            name: value for name, value in (meta or {}).items() if self._written.get(name) != value
-        }
+        fields = {**(meta or {}), **self._losses.fields()}
+        fresh = {name: value for name, value in fields.items() if self._written.get(name) != value}
         keys, args = self._script_arguments(commit, fresh, forget)
         now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
         status, *details = await self._sink.script(
@@ -458,6 +486,7 @@ class Bus:
             )
         self.cursors, self.seq, self._stored = cursors, self.seq + 1, stored
         self._written |= fresh
+        self._losses.counts |= commit.counts
         return str(status, "ascii")
 
     def _script_arguments(

@@ -167,6 +167,7 @@ class Worker:
         while not self._stopping.is_set():
             batch = await self._persist(lambda: self.bus.read(READ_COUNT))
             self._lag_ms = batch.lag_ms
+            self._log_losses(batch)
             if batch.entries:
                 await self._fold(batch)
             else:
@@ -366,6 +367,15 @@ class Worker:
                 "STREAM_ABSENT", msg=f"{stream} does not exist; it is read when it appears"
             )
 
+    def _log_losses(self, batch: Batch) -> None:
+        for event_type, entries in batch.lost.items():
+            self.log.error(
+                "ENTRIES_LOST",
+                msg="the stream was trimmed before we read it",
+                stream=event_type,
+                entries="unknown" if entries is None else entries,
+            )
+
     def _log_heartbeat(self) -> None:
         self.log.info("WORKER_HEARTBEAT", msg="alive", **self.figures())
 
@@ -380,6 +390,7 @@ class Worker:
             "lag_ms": round(self._lag_ms, 1),
             "latency_ms_p50": _quantile(ordered, 0.50),
             "latency_ms_p99": _quantile(ordered, 0.99),
+            "lost_total": self.bus.lost_total(),
             "ahead_total": self._ahead,
             "dropped_total": self._dropped,
             "commits": self.bus.seq,

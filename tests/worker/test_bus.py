@@ -218,6 +218,49 @@ def test_meta_lost_while_running_is_noticed_by_commit_and_trim(redis_server, cli
     asyncio.run(play())
 
 
+@pytest.mark.parametrize("start", ["new", "oldest"])
+def test_entries_trimmed_before_we_read_them_are_counted(
+    redis_server, client, start, monkeypatch
+) -> None:
+    monkeypatch.setattr("worker.bus.LOSS_CHECK_S", 0.0)
+    fill(client, TICKS, 20)()
+    client.xtrim(TICKS, maxlen=5, approximate=False)  # before the start: nobody's loss
+
+    async def play() -> None:
+        read = 0
+        async with opened(redis_server.url) as bus:
+
+            async def follow() -> dict[str, int | None]:
+                nonlocal read
+                batch = await bus.read(100)
+                if batch.entries:
+                    read += len(batch.entries)
+                    counts = {("market.tick", "decided"): read}
+                    await bus.commit(a_commit("a", batch.entries[-1].entry_id, counts=counts))
+                return batch.lost
+
+            def add(first: int, last: int, kept: int) -> None:
+                for n in range(first, last):
+                    client.xadd(TICKS, BODY, id=f"{n}-0")
+                client.xtrim(TICKS, maxlen=kept, approximate=False)
+
+            await acquire(bus, start)
+            assert await follow() == {}
+            assert read == (5 if start == "oldest" else 0)
+            exact = bus.servers[0].tier == "7"
+            add(100, 150, kept=8)
+            assert await follow() == {"market.tick": 42 if exact else None}
+            assert await follow() == {}
+            assert bus.lost_total() == ({"market.tick": 42} if exact else {})
+            await acquire(bus)  # a restart goes on counting
+            add(200, 210, kept=0)
+            assert await follow() == {"market.tick": 10 if exact else None}
+            await bus.commit(a_commit("b", "149-0", counts={}))
+            assert client.hget(KEYS.meta, "lost:market.tick") == (b"52" if exact else None)
+
+    asyncio.run(play())
+
+
 # -- the release rule -----------------------------------------------------------------------------
 
 

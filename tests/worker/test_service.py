@@ -191,6 +191,7 @@ def test_redis_away_for_seconds_loses_and_doubles_nothing(durable_server, daemon
 
 def test_lost_replies_lose_and_double_nothing(redis_server, client, proxy, daemon) -> None:
     worker = daemon(proxy.url, "--max-batch", "7")
+    until(lambda: client.exists(KEYS.heartbeat))  # at start a cut is an exit, not a pause
     for first in range(0, 400, 20):
         proxy.lose_replies = 1
         publish(client, first, first + 20)
