@@ -10,6 +10,7 @@ several rounds. `rest` is what the parts do not cover: arms, bookkeeping, record
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -121,6 +122,7 @@ def main() -> None:
         raise SystemExit(f"{len(entries)} entries, {len(ticks)} ticks, {len(decisions)} decisions")
     structs = [decode_decision(payload) for payload in decisions]
 
+    gc.freeze()  # the events lie in Redis, not on the worker's heap
     parts = medians(
         {
             "whole": lambda: fold(policy, entries),
