@@ -283,7 +283,7 @@ def test_step_fills_at_the_first_price_after_the_latency(
     commits = fold(pipeline, entries)
     bars = rows(commits, BarRow)
     first = next(i for i, bar in enumerate(bars) if bar.arms["v3"].turnover > 0)
-    # WARM_BARS = 31 bars closed -> the step at the opening tick of bar 31 is the first that may enter
+    # WARM_BARS = 31 bars closed: the step at the opening tick of bar 31 is the first to enter
     assert first == 31
     # due at +1 ms + 250 ms: the tick at +251 ms, price 80 (not 50); 1000 / 80 = 12.5 units
     assert bars[31].arms["v3"].turnover == pytest.approx(0.1, abs=1e-12)
