@@ -60,7 +60,7 @@ SYMBOLS = {
     "ADAUSDT": 0.9,
 }
 """What is simulated, and the price it starts at."""
-BARS = 180
+BARS = 240
 MIN_BARS = 120
 TICKS_PER_BAR = 8
 MAX_RATE = 400  # entries a second: what a shared laptop core follows without a queue

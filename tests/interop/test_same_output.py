@@ -1,4 +1,4 @@
-"""Killed, cut off, or started twice: the output is that of one undisturbed run."""
+"""Killed, cut off, started twice, live or late: the output is that of one undisturbed run."""
 
 from __future__ import annotations
 
@@ -178,6 +178,60 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert found[table][identity] == row, f"{table} {identity}"
 
 
+# -- live, catch-up, audit ------------------------------------------------------------------------
+
+
+def sequence(bus: Any) -> list[list[dict[str, Any]]]:
+    """Return the payloads of both of our streams in order, without what a replay changes."""
+    streams = [bus.payloads("rl_v3.decision"), bus.payloads("rl_v3.comparison")]
+    for decision in streams[0]:
+        del decision["latency_ms"]
+    return streams
+
+
+def test_three_interleaved_streams_give_the_same_output_live_in_catch_up_and_in_audit(
+    bus: Any, second_server: RedisServer, open_bus: Any, start: Any, lively_policy: Path,
+    tmp_path: Path, wait_until: Any,
+) -> None:  # fmt: skip
+    history = market(bars=60, ticks_per_bar=3)
+    assert len({entry.stream for entry in history}) == 3
+    options = (
+        "--policy", lively_policy, "--start", "oldest", "--conflate-after", "off",
+        "--max-event-age", "off",
+    )  # fmt: skip
+
+    live = start("run", "--redis-url", bus.url, *options)
+    recording = tmp_path / "recording"
+    recorder = start("record", "--redis-url", bus.url, "--out", recording)
+    wait_until((recording / "snapshot.msgpack").exists, recorder.said)
+    for i, entry in enumerate(history):
+        bus.add([entry])
+        if i % 7 == 0:
+            time.sleep(0.002)
+    bus.wait_for_counts(len(history))
+    assert live.stop() == 0, live.said()
+    assert recorder.stop() == 0, recorder.said()
+
+    late = open_bus(second_server.url)
+    late.add(history)
+    catching_up = start("run", "--redis-url", late.url, *options)
+    late.wait_for_counts(len(history))
+    assert catching_up.stop() == 0, catching_up.said()
+
+    expected = [
+        [json.loads(o.payload) for o in undisturbed(history, lively_policy)[0] if o.event_type == t]
+        for t in ("rl_v3.decision", "rl_v3.comparison")
+    ]
+    for decision in expected[0]:
+        del decision["latency_ms"]
+    assert sequence(late) == expected
+    assert sequence(bus) == expected
+
+    audit = start("audit", "--recording", recording)
+    assert audit.wait() == 0, audit.said()
+    assert f"entries folded: {len(history):,}" in audit.said()
+
+
 # -- kill -9 --------------------------------------------------------------------------------------
 
 
@@ -225,8 +279,9 @@ def test_killed_at_random_moments_the_worker_neither_loses_nor_doubles_a_decisio
 
 
 def test_redis_away_for_seconds_costs_nothing(
-    durable_server: RedisServer, open_bus: Any, start: Any, lively_policy: Path, tmp_path: Path
-) -> None:
+    durable_server: RedisServer, open_bus: Any, start: Any, lively_policy: Path, tmp_path: Path,
+    wait_until: Any,
+) -> None:  # fmt: skip
     bus = open_bus(durable_server.url)
     history = market(bars=60, ticks_per_bar=4)
     half = len(history) // 2
@@ -238,6 +293,7 @@ def test_redis_away_for_seconds_costs_nothing(
     collector = start("collect", "--redis-url", bus.url, "--store", store)
     bus.add(history[:half])
     bus.wait_for_counts(half // 2)
+    wait_until(lambda: bus.link.exists(bus.keys.collected), collector.said)
     durable_server.kill()
     time.sleep(3.0)
     durable_server.restart()
