@@ -19,11 +19,15 @@ def masked_log_probs(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 class PPOAgent:
-    """Two separate networks, and the random stream that actions are drawn from."""
+    """Two separate networks, and the random stream that actions are drawn from.
 
-    def __init__(self, config: RLv3Config | None = None) -> None:
+    Args:
+        stream: tells the random stream of a continued run from that of its first part.
+    """
+
+    def __init__(self, config: RLv3Config | None = None, *, stream: int = 0) -> None:
         self.config = config = config or RLv3Config()
-        seeds = np.random.SeedSequence(config.seed).spawn(3)
+        seeds = np.random.SeedSequence([config.seed, 0, stream]).spawn(3)
         policy_seed, value_seed = (int(s.generate_state(1)[0]) for s in seeds[:2])
         self.device = torch.device(
             "cuda"

@@ -100,7 +100,7 @@ class RLv3Manager:
         trainer = self._trainer
         if trainer is None or not (price_data is None and market is None and env_id is None):
             env = self._environment(price_data, market, env_id)
-            trainer = self._trainer = PPOTrainer(self.agent, env)
+            trainer = self._trainer = PPOTrainer(self.agent, env, stream=self.steps)
         steps_before, episodes_before = trainer.steps, len(trainer.episode_returns)
         self._policy = None
         updates = trainer.train(
@@ -220,7 +220,7 @@ class RLv3Manager:
             hidden_dim=policy.metadata["network"][1],
             step_seconds=policy.step_seconds,
         )
-        self.agent = PPOAgent(self.config)
+        self.agent = PPOAgent(self.config, stream=policy.trained_steps)
         for name, network in (("policy", self.agent.policy), ("value", self.agent.value)):
             tensors = policy.network_tensors(name)
             network.network.load_state_dict(

@@ -114,6 +114,9 @@ def single_thread() -> Iterator[None]:
 class PPOTrainer:
     """Trains an agent in an environment; keeps the episode going from one update to the next.
 
+    Args:
+        stream: tells the random streams of a continued run from those of its first part.
+
     Attributes:
         steps: environment steps so far.
         episode_returns: undiscounted, unscaled return of every finished episode.
@@ -121,7 +124,12 @@ class PPOTrainer:
     """
 
     def __init__(
-        self, agent: PPOAgent, env: gym.Env[Any, Any], config: RLv3Config | None = None
+        self,
+        agent: PPOAgent,
+        env: gym.Env[Any, Any],
+        config: RLv3Config | None = None,
+        *,
+        stream: int = 0,
     ) -> None:
         self.agent = agent
         self.env = env
@@ -131,7 +139,7 @@ class PPOTrainer:
         )
         self.policy_optimiser = self._adam(agent.policy)
         self.value_optimiser = self._adam(agent.value)
-        shuffle, env_seed = np.random.SeedSequence([config.seed, 1]).spawn(2)
+        shuffle, env_seed = np.random.SeedSequence([config.seed, 1, stream]).spawn(2)
         self._rng = np.random.default_rng(shuffle)
         self._env_seed: int | None = int(env_seed.generate_state(1)[0])
         self._scale = ReturnScale(config.gamma)
