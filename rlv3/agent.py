@@ -35,8 +35,10 @@ class PPOAgent:
             else "cpu"
         )
         sizes = (config.state_dim, config.hidden_dim)
-        self.policy = PolicyNetwork(*sizes, config.action_dim, seed=policy_seed).to(self.device)
-        self.value = ValueNetwork(*sizes, seed=value_seed).to(self.device)
+        activation = config.activation
+        policy = PolicyNetwork(*sizes, config.action_dim, policy_seed, activation)
+        self.policy = policy.to(self.device)
+        self.value = ValueNetwork(*sizes, value_seed, activation).to(self.device)
         self._rng = np.random.default_rng(seeds[2])
 
     @torch.no_grad()

@@ -20,6 +20,8 @@ class RLv3Config:
     """Width of both hidden layers of both networks."""
     action_dim: int = 6
     """Width of the policy head; fixed by the action table."""
+    activation: str = "relu"
+    """relu or tanh, between the layers of both networks."""
 
     learning_rate: float = 3e-4
     """Adam step size of both networks."""
@@ -80,6 +82,7 @@ class RLv3Config:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, was {getattr(self, name)}")
         for name, allowed in (
+            ("activation", ("relu", "tanh")),
             ("reward", ("net_return", "seed")),
             ("on_opposite", ("ignore", "reverse")),
             ("device", ("auto", "cpu", "cuda")),

@@ -192,6 +192,7 @@ class RLv3Manager:
             quantiles=facts.quantiles,
             mask_rule="design" if config.use_action_masks else "none",
             step_seconds=config.step_seconds,
+            activation=config.activation,
         )
 
     @property
@@ -218,6 +219,7 @@ class RLv3Manager:
         self.config = replace(
             self.config,
             hidden_dim=policy.metadata["network"][1],
+            activation=policy.activation,
             step_seconds=policy.step_seconds,
         )
         self.agent = PPOAgent(self.config, stream=policy.trained_steps)

@@ -1,4 +1,4 @@
-"""The two networks: 64-128-128-6 logits and 64-128-128-1 value, ReLU, separate weights.
+"""The two networks: 64-128-128-6 logits and 64-128-128-1 value, ReLU or tanh, separate weights.
 
 Parameter names are production's (`network.0`, `network.2`, `network.4`), so its checkpoints fit.
 Initial weights come from a generator of their own: torch's global random state is never touched.
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 HIDDEN_GAIN = math.sqrt(2.0)
 POLICY_GAIN = 0.01  # near-uniform actions at the start
 VALUE_GAIN = 1.0
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
-def _mlp(sizes: tuple[int, ...], head_gain: float, seed: int) -> nn.Sequential:
-    """Return linear layers with ReLU between them, orthogonal weights and zero biases."""
+def _mlp(sizes: tuple[int, ...], head_gain: float, seed: int, activation: str) -> nn.Sequential:
+    """Return linear layers with activations between them, orthogonal weights and zero biases."""
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     last = len(sizes) - 2
@@ -26,7 +27,7 @@ def _mlp(sizes: tuple[int, ...], head_gain: float, seed: int) -> nn.Sequential:
         gain = head_gain if i == last else HIDDEN_GAIN
         nn.init.orthogonal_(linear.weight, gain=gain, generator=generator)
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
+        layers += [linear, ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -34,10 +35,16 @@ class PolicyNetwork(nn.Module):
     """Observations float32[N, 64] to unnormalised log-probabilities float32[N, 6]."""
 
     def __init__(
-        self, state_dim: int = 64, hidden_dim: int = 128, action_dim: int = 6, seed: int = 0
+        self,
+        state_dim: int = 64,
+        hidden_dim: int = 128,
+        action_dim: int = 6,
+        seed: int = 0,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
-        self.network = _mlp((state_dim, hidden_dim, hidden_dim, action_dim), POLICY_GAIN, seed)
+        sizes = (state_dim, hidden_dim, hidden_dim, action_dim)
+        self.network = _mlp(sizes, POLICY_GAIN, seed, activation)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Return the logits."""
@@ -47,9 +54,12 @@ class PolicyNetwork(nn.Module):
 class ValueNetwork(nn.Module):
     """Observations float32[N, 64] to expected discounted returns float32[N]."""
 
-    def __init__(self, state_dim: int = 64, hidden_dim: int = 128, seed: int = 1) -> None:
+    def __init__(
+        self, state_dim: int = 64, hidden_dim: int = 128, seed: int = 1, activation: str = "relu"
+    ) -> None:
         super().__init__()
-        self.network = _mlp((state_dim, hidden_dim, hidden_dim, 1), VALUE_GAIN, seed)
+        sizes = (state_dim, hidden_dim, hidden_dim, 1)
+        self.network = _mlp(sizes, VALUE_GAIN, seed, activation)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Return the values."""

@@ -1,6 +1,6 @@
 """The policy artifact: one `.safetensors` file, loaded without pickle and served with numpy.
 
-Two separate networks (policy 64-128-128-6, value 64-128-128-1, ReLU) and the frozen normaliser,
+Two separate networks (policy 64-128-128-6, value 64-128-128-1) and the frozen normaliser,
 with a metadata block that says what the policy was trained on. Inference always runs in blocks of
 8 rows (padded), so a decision does not depend on how many neighbours it had.
 """
@@ -37,6 +37,7 @@ from rlv3.portfolio import FLAT, IN_POSITION
 ARTIFACT_VERSION = 1
 BLOCK = 8
 N_ACTIONS = len(ACTION_TABLE)
+ACTIVATIONS = ("relu", "tanh")
 QUANTILE_LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 TP_PCT = 0.06  # production's take-profit distance, before the multiplier
 _LAYERS = ("0", "2", "4")
@@ -68,6 +69,7 @@ class Policy:
     Attributes:
         digest: sha256 of the artifact's bytes; identifies the policy on every decision.
         metadata: the artifact's metadata block.
+        activation: relu or tanh.
         normaliser: frozen feature statistics.
         source: the artifact's bytes.
     """
@@ -84,6 +86,7 @@ class Policy:
             tensors["normaliser.mean"].astype(np.float64),
             tensors["normaliser.scale"].astype(np.float64),
         )
+        self.activation: str = metadata.get("activation", ACTIVATIONS[0])
         self._nets = [
             [
                 (
@@ -126,8 +129,9 @@ class Policy:
             size = min(BLOCK, n - start)
             block[:size] = obs[start : start + size]
             block[size:] = 0.0
-            logits[start : start + size] = _forward(self._nets[0], block)[:size]
-            values[start : start + size] = _forward(self._nets[1], block)[:size, 0]
+            logits[start : start + size] = _forward(self._nets[0], block, self.activation)[:size]
+            value = _forward(self._nets[1], block, self.activation)
+            values[start : start + size] = value[:size, 0]
         return logits, values
 
     def decide(
@@ -190,13 +194,19 @@ def training_quantiles(
 
 
 def _forward(
-    layers: list[tuple[NDArray[np.float32], NDArray[np.float32]]], x: NDArray[np.float32]
+    layers: list[tuple[NDArray[np.float32], NDArray[np.float32]]],
+    x: NDArray[np.float32],
+    activation: str,
 ) -> NDArray[np.float32]:
     last = len(layers) - 1
     for i, (weight, bias) in enumerate(layers):
         x = x @ weight  # (8, 64) -> (8, 128) -> (8, 128) -> (8, 6 or 1)
         x += bias
-        if i < last:
+        if i == last:
+            break
+        if activation == "tanh":
+            np.tanh(x, out=x)
+        else:
             np.maximum(x, 0.0, out=x)
     return x
 
@@ -209,6 +219,7 @@ def build_artifact(
     quantiles: Mapping[str, Sequence[float]],
     mask_rule: str,
     step_seconds: int,
+    activation: str = "relu",
 ) -> bytes:
     """Return the artifact's bytes; the same arguments give the same bytes.
 
@@ -217,6 +228,7 @@ def build_artifact(
         training: steps, seed, reward, data fingerprint and end time, config.
         quantiles: per feature name, its training values at `QUANTILE_LEVELS`.
         mask_rule: "design" with action masks, "none" without.
+        activation: relu or tanh.
     """
     full: dict[str, NDArray[Any]] = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
     full["normaliser.mean"] = np.ascontiguousarray(normaliser.mean, dtype=np.float64)
@@ -231,6 +243,7 @@ def build_artifact(
         "mask_rule": mask_rule,
         "step_seconds": step_seconds,
         "network": sizes,
+        "activation": activation,
         "training": dict(training),
         "quantiles": {k: list(v) for k, v in quantiles.items()},
         "tensors_sha256": tensors_sha256(full),
@@ -279,6 +292,9 @@ def _read(source: bytes, origin: str) -> tuple[dict[str, Any], dict[str, NDArray
     ):
         if metadata[key] != expected:
             raise PolicyError(f"{origin}: expected {key} {expected}, found {metadata[key]}")
+    activation = metadata.get("activation", ACTIVATIONS[0])  # absent before there was a choice
+    if activation not in ACTIVATIONS:
+        raise PolicyError(f"{origin}: expected activation {ACTIVATIONS}, found {activation!r}")
     sizes = metadata["network"]
     shapes: dict[str, tuple[int, ...]] = {
         "normaliser.mean": (N_FEATURES,),

@@ -29,9 +29,12 @@ from rlv3.policy import (
 Tensors = dict[str, np.ndarray]
 
 
-def networks(seed: int = 0) -> tuple[PolicyNetwork, ValueNetwork]:
+def networks(
+    seed: int = 0, hidden: int = 128, activation: str = "relu"
+) -> tuple[PolicyNetwork, ValueNetwork]:
     """Networks with logits that differ: the initial head is near zero."""
-    policy, value = PolicyNetwork(seed=seed), ValueNetwork(seed=seed + 1)
+    policy = PolicyNetwork(64, hidden, 6, seed, activation)
+    value = ValueNetwork(64, hidden, seed + 1, activation)
     with torch.no_grad():
         policy.network[4].weight.mul_(200.0)
     return policy, value
@@ -63,9 +66,12 @@ def edited(source: bytes, edit: Callable[[dict[str, Any], Tensors], None]) -> by
     return save(tensors, metadata={"rlv3": json.dumps(metadata)})
 
 
-def test_logits_and_values_agree_with_torch() -> None:
-    policy_net, value_net = networks()
-    policy = Policy(artifact(tensors_of(policy_net, value_net)))
+@pytest.mark.parametrize(("hidden", "activation"), [(128, "relu"), (64, "tanh")])
+def test_logits_and_values_agree_with_torch(hidden: int, activation: str) -> None:
+    policy_net, value_net = networks(hidden=hidden, activation=activation)
+    tensors = tensors_of(policy_net, value_net)
+    policy = Policy(artifact(tensors, activation=activation))
+    assert policy.activation == activation
     obs = np.random.default_rng(0).normal(0.0, 2.0, (101, 64)).astype(np.float32)
     with torch.no_grad():
         logits = policy_net(torch.from_numpy(obs)).numpy()
@@ -74,6 +80,14 @@ def test_logits_and_values_agree_with_torch() -> None:
     assert np.abs(found - logits).max() < 1e-5
     assert np.abs(found_values - values).max() < 1e-5
     assert np.ptp(logits, axis=1).min() > 0.1
+
+
+def test_an_artifact_from_before_there_was_a_choice_has_relu() -> None:
+    old = edited(artifact(), lambda metadata, _: metadata.pop("activation") and None)
+    assert Policy(old).activation == "relu"
+    strange = edited(artifact(), lambda metadata, _: metadata.update(activation="gelu"))
+    with pytest.raises(PolicyError, match="found 'gelu'"):
+        Policy(strange)
 
 
 def test_a_decision_does_not_depend_on_its_neighbours() -> None:
