@@ -443,12 +443,19 @@ async def play(crew: Crew, redis: Redis, url: str, keys: Keys, board: Board) -> 
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         done.pop().result()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _end(tasks)
     for name in ("run", "collect", "record"):
         await crew.stop(name)
     check(board, sum([await redis.xlen(keys.dlq(name)) for name in STREAMS]))
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel until it is done: redis-py loses a cancellation that meets a reply."""
+    while not all(task.done() for task in tasks):
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=0.1)
+    await asyncio.gather(*tasks, return_exceptions=True)  # the first failure tells enough
 
 
 async def remove_keys(redis: Redis, keys: Keys) -> None:

@@ -97,6 +97,18 @@ def test_a_program_that_dies_ends_the_demo_with_its_last_words(
     assert bus.link.keys() == []
 
 
+def test_a_redis_that_goes_away_ends_the_demo_with_a_sentence(
+    second_server: RedisServer, open_bus: Any, start: Any, tmp_path: Path, wait_until: Any
+) -> None:
+    bus = open_bus(second_server.url)
+    demo = start("demo", "--seconds", 60, "--redis-url", bus.url, "--out", tmp_path / "demo")
+    wait_until(lambda: bus.link.keys("rlv3demo-*:rl_v3.decision"), demo.said)
+    second_server.kill()
+    assert demo.wait() == 4
+    assert "expected Redis to stay with the demo" in " ".join(demo.said().split())
+    assert "Traceback" not in demo.said()
+
+
 def test_real_bars_are_replayed_to_the_end(
     redis_server: RedisServer, start: Any, tmp_path: Path
 ) -> None:
