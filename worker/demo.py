@@ -129,7 +129,8 @@ class Board:
             return
         self.latency_s.append(now - since)
         self.decided[decision.kind] += 1
-        self.actions[decision.action_name] += 1
+        if decision.kind == "step":
+            self.actions[decision.action_name] += 1
         if self.finished:
             self.done.set()
 
@@ -160,7 +161,9 @@ class Board:
             "replay": f"{done:.0%} of {self.plan.bars} bars, {self.plan.symbols} symbols",
             "ticks and signals": f"{self.published:,}",
             "decisions": f"{self.decided.total():,} ({self.decided['step']:,} steps)",
-            "actions": ", ".join(f"{name} {n:,}" for name, n in self.actions.most_common()),
+            "actions of the steps": ", ".join(
+                f"{name} {n:,}" for name, n in self.actions.most_common()
+            ),
             "pairs": f"{self.pairs:,}, unpaired {self.unpaired:,}",
             "latency": f"p50 {p50:.1f} ms, p99 {p99:.1f} ms from append to decision read",
             "lag": f"{lag_ms:.0f} ms, {len(self.waiting):,} waiting",
@@ -413,6 +416,7 @@ async def demo(seconds: float, data: Sequence[Bars], redis_url: str | None, out:
                     await crew.end()
                     if redis_url is not None:
                         await remove_keys(redis, keys)
+        _say("audit: every decision computed again from the recording")
         await crew.finish("worker", "audit", "--recording", out / "recording")
         await crew.finish(
             "shadow", "report", "--store", out / "store", "--out", out, expected=REPORTED
