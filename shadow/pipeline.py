@@ -753,7 +753,7 @@ class Pipeline:
             kind=job.kind,
             action_name=ACTION_TABLE[action],
             action_probs=tuple(probs),
-            entropy=-sum(p * math.log(p) for p in probs if p > 0.0),
+            entropy=sum(-p * math.log(p) for p in probs if p > 0.0),
             direction=v3_direction(action),
             target_position=target,
             standing_decision_id=job.standing_id,

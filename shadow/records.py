@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -326,8 +327,12 @@ def record_id(kind: str, *parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+@lru_cache(maxsize=4096)
+def _iso_second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
+
+
 def iso(ts_us: int) -> str:
     """Format epoch microseconds as ISO 8601 UTC with offset, always with microseconds."""
     seconds, micros = divmod(ts_us, 1_000_000)
-    stamp = datetime.fromtimestamp(seconds, UTC)
-    return f"{stamp:%Y-%m-%dT%H:%M:%S}.{micros:06d}+00:00"
+    return f"{_iso_second(seconds)}.{micros:06d}+00:00"
