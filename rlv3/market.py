@@ -8,6 +8,7 @@ Synthetic worlds are built from minutes of log price, all drawn from one seeded 
   momentum          a drift that decays slowly (half-life ~35 bars): returns are autocorrelated
   mean_reversion    a price that is pulled back to a slow walk (half-life ~8 bars)
   regime_switching  persistent trends up and down, and quiet ranges between them; the default
+  planted_signal    the quoted spread says which way the next bar goes; its past does not
 """
 
 from __future__ import annotations
@@ -325,6 +326,13 @@ RANGE_BARS, RANGE_LEAST = 18, 8  # mean and least length of a range
 RANGE_SIGMA = 3e-4
 RANGE_KAPPA = 0.1
 
+PLANTED_DRIFT = 1e-3  # |drift| per bar
+PLANTED_BARS, PLANTED_LEAST = 24, 12  # mean and least length of a leg
+PLANTED_SIGMA = 3e-4
+PLANTED_SPREAD = 2e-4
+PLANTED_TELL = 0.04  # share of the spread by which it gives the next bar away
+PLANTED_JITTER = 0.01  # noise of the spread
+
 
 def _random_walk(n: int, rng: np.random.Generator) -> NDArray[np.float64]:
     return np.cumsum(rng.normal(0.0, SIGMA, n))
@@ -377,11 +385,34 @@ def _regime_switching(n: int, rng: np.random.Generator) -> NDArray[np.float64]:
     return path
 
 
-WORLDS: dict[str, Callable[[int, np.random.Generator], NDArray[np.float64]]] = {
+def _planted_signal(n: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], ...]:
+    """Legs up and down in turn, 24 bars on average, 10 bp a bar; returns log prices and spreads.
+
+    The spread quoted at the end of a bar is 2 bp, 4 % wider where the next bar drifts up and 4 %
+    narrower where it drifts down. Legs alternate, so holding either side earns little.
+    """
+    side = np.empty(n + 1)
+    t, sign = 0, float(rng.choice((-1.0, 1.0)))
+    while t <= n:
+        length = PLANTED_LEAST + int(rng.geometric(1 / (PLANTED_BARS - PLANTED_LEAST)))
+        side[t : t + length] = sign
+        t, sign = t + length, -sign
+    path = np.cumsum(PLANTED_DRIFT * side[:n] + rng.normal(0.0, PLANTED_SIGMA, n))
+    jitter = rng.normal(0.0, PLANTED_JITTER, n)
+    return path, PLANTED_SPREAD * (1.0 + PLANTED_TELL * side[1:] + jitter)
+
+
+World = Callable[
+    [int, np.random.Generator], "NDArray[np.float64] | tuple[NDArray[np.float64], ...]"
+]
+"""Draws n log prices, or log prices and quoted spreads."""
+
+WORLDS: dict[str, World] = {
     "random_walk": _random_walk,
     "momentum": _momentum,
     "mean_reversion": _mean_reversion,
     "regime_switching": _regime_switching,
+    "planted_signal": _planted_signal,
 }
 DEFAULT_WORLD = "regime_switching"
 WICK_SIGMA = 3e-4  # how far highs and lows reach beyond open and close
@@ -400,7 +431,7 @@ def simulate(
     """Return a synthetic series; the same arguments give the same bars.
 
     Every bar opens at the close before it, moved by half a basis point of noise. Volume is
-    log-normal and grows with the size of the bar's move; there are no quotes.
+    log-normal and grows with the size of the bar's move; only `planted_signal` has quotes.
 
     Args:
         name: one of `WORLDS`.
@@ -414,7 +445,9 @@ def simulate(
     if n_bars < 2:
         raise ConfigError(f"n_bars must be >= 2, was {n_bars}")
     rng = np.random.default_rng(seed)
-    close = start_price * np.exp(WORLDS[name](n_bars, rng))
+    drawn = WORLDS[name](n_bars, rng)
+    path, spread = drawn if isinstance(drawn, tuple) else (drawn, None)
+    close = start_price * np.exp(path)
     before = np.concatenate([[start_price], close[:-1]])
     open_ = before * np.exp(rng.normal(0.0, 5e-5, n_bars))
     up, down = np.abs(rng.normal(0.0, WICK_SIGMA, (2, n_bars)))
@@ -427,6 +460,6 @@ def simulate(
         low=np.minimum(open_, close) * np.exp(-down),
         close=close,
         volume=volume,
-        spread=None,
+        spread=spread,
         step_seconds=step_seconds,
     )
