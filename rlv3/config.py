@@ -5,6 +5,7 @@ The seed's names and values win over other libraries'.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rlv3.errors import ConfigError
@@ -37,13 +38,27 @@ class RLv3Config:
     """Weight of the value loss (mean squared error)."""
     max_grad_norm: float = 0.5
     """Gradient norm limit, per network."""
+    value_clip: float = 0.0
+    """How far a value may move in one update (PPO2's value clipping); 0 is off."""
+    target_kl: float = 0.0
+    """The update stops at a minibatch whose approximate KL exceeds 1.5 times this; 0 is off."""
+    learning_rate_schedule: str = "constant"
+    """constant or linear: falls to 0 over the run."""
+    clip_range_schedule: str = "constant"
+    """constant or linear: falls to 0 over the run."""
 
     n_epochs: int = 10
     """Passes over the buffer per update."""
     batch_size: int = 64
     """Samples per minibatch."""
     buffer_size: int = 2048
-    """Environment steps per update."""
+    """Environment steps per update, over all environments."""
+    n_envs: int = 1
+    """Environments stepped together; buffer_size is shared out evenly among them."""
+    normalise_obs: bool = False
+    """Scale observations by their running statistics; trading has a frozen normaliser instead."""
+    normalise_rewards: bool = True
+    """Divide rewards by the running deviation of the discounted return."""
 
     max_steps_per_episode: int = 1000
     """Steps after which an episode is truncated."""
@@ -66,18 +81,20 @@ class RLv3Config:
     """Seeds every random stream of a run."""
     device: str = "cpu"
     """auto, cpu or cuda."""
+    backend: str = "auto"
+    """auto, numba or torch: what updates are computed with. auto: numba on a CPU that has it."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("learning_rate", 0.0, 1.0), ("gamma", 0.0, 1.0), ("lambda_gae", 0.0, 1.0),
-            ("clip_range", 0.0, 1.0),
+            ("clip_range", 0.0, 1.0), ("value_clip", 0.0, math.inf), ("target_kl", 0.0, math.inf),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"{name} must be between {low} and {high}, was {value}")
         for name in (
-            "hidden_dim", "n_epochs", "batch_size", "buffer_size", "max_steps_per_episode",
-            "step_seconds", "initial_balance",
+            "hidden_dim", "n_epochs", "batch_size", "buffer_size", "n_envs",
+            "max_steps_per_episode", "step_seconds", "initial_balance",
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, was {getattr(self, name)}")
@@ -86,9 +103,19 @@ class RLv3Config:
             ("reward", ("net_return", "seed")),
             ("on_opposite", ("ignore", "reverse")),
             ("device", ("auto", "cpu", "cuda")),
+            ("backend", ("auto", "numba", "torch")),
+            ("learning_rate_schedule", ("constant", "linear")),
+            ("clip_range_schedule", ("constant", "linear")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {allowed}, was {getattr(self, name)!r}")
         for name, fixed in (("state_dim", 64), ("action_dim", 6)):
             if getattr(self, name) != fixed:
                 raise ConfigError(f"{name} is fixed at {fixed}, was {getattr(self, name)}")
+        if self.buffer_size % self.n_envs:
+            raise ConfigError(
+                f"buffer_size must be a multiple of n_envs, was {self.buffer_size} with "
+                f"{self.n_envs} environments"
+            )
+        if self.backend == "numba" and self.device == "cuda":
+            raise ConfigError("backend must be auto or torch on device cuda, was numba")
