@@ -310,6 +310,11 @@ class TradingEnvV3(gym.Env[NDArray[np.float32], np.int64]):
         """The episode's account, to read turnover, costs and drawdown from."""
         return self._account
 
+    @property
+    def row(self) -> int:
+        """Index of the newest closed bar, the last one that the observation knows."""
+        return self._t
+
     def _current(self) -> Track | LiveTrack:
         if self._track_now is None:
             raise gym.error.ResetNeeded("call reset() before the first step")

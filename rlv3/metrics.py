@@ -131,7 +131,8 @@ def ratio_intervals(
     values = np.asarray(returns, dtype=np.float64)
     columns = np.stack([values, values**2, np.minimum(values, 0.0) ** 2], axis=1)
     rng = np.random.default_rng(seed)
-    means = _block_means(columns, block_length(values), draws, rng)
+    length = max(block_length(values), math.ceil(len(values) ** (1 / 3)))  # squares persist longer
+    means = _block_means(columns, length, draws, rng)
     scale = math.sqrt(per_year)
     return (
         _percentiles(_sharpe(means[:, 0], means[:, 1]) * scale),

@@ -8,7 +8,15 @@ import torch
 
 from rlv3.config import RLv3Config
 from rlv3.errors import DataError
-from rlv3.evaluation import config_of, evaluate_bars, evaluate_env, evaluate_market
+from rlv3.evaluation import (
+    Curve,
+    config_of,
+    evaluate_bars,
+    evaluate_env,
+    evaluate_market,
+    portfolio_returns,
+    shuffled,
+)
 from rlv3.events import Action
 from rlv3.manager import RLv3Manager
 from rlv3.market import bars_from_closes, simulate
@@ -100,3 +108,68 @@ def test_bars_that_do_not_fit_are_refused() -> None:
         evaluate_bars(policy, [])
     with pytest.raises(DataError, match="expected bars of 60 s"):
         evaluate_bars(policy, [simulate("momentum", 100, seed=0, step_seconds=300)])
+
+
+def test_metrics_of_one_round_trip_by_hand() -> None:
+    # enters at 100 (row 31's open, the first warm one), 1,000 of notional, and holds to the end
+    bars = bars_from_closes([100.0] * 33 + [110.0] * 3)
+    result = evaluate_bars(preferring(Action.LONG, Action.HOLD), [bars])
+    assert result.turnover == pytest.approx(0.1)
+    assert result.half_spread == pytest.approx(0.1)
+    assert result.in_market == 1.0
+    assert result.hit_rate is None  # nothing was closed
+    (curve,) = result.curves
+    # a price of row t is the open of bar t + 1, known when bar t has ended
+    assert curve.price.tolist() == [100.0, 100.0, 100.0, 110.0, 110.0]
+    assert curve.time_us.tolist() == bars.end_us[30:35].tolist()
+    assert curve.equity.tolist() == pytest.approx([10_000, 9_999.5, 9_999.5, 10_099.5, 10_099.5])
+    steps = np.diff(curve.equity) / curve.equity[:-1]
+    assert result.sharpe == pytest.approx(steps.mean() / steps.std() * np.sqrt(525_600))
+    assert result.sharpe_interval is not None
+    assert result.sharpe_interval.low <= result.sharpe <= result.sharpe_interval.high
+    assert "curves" not in result.to_dict()
+
+
+def test_a_closed_position_that_costs_more_than_it_earns_is_no_hit() -> None:
+    churn = preferring(Action.CLOSE, Action.LONG)
+    flat = evaluate_bars(churn, [bars_from_closes([100.0] * 60)])
+    assert flat.hit_rate == 0.0
+    rising = evaluate_bars(churn, [bars_from_closes(100.0 * 1.01 ** np.arange(60))])
+    assert rising.hit_rate == 1.0
+
+
+def test_baselines_on_the_same_prices() -> None:
+    series = [simulate("regime_switching", 400, seed=s) for s in (1, 2)]
+    result = evaluate_bars(Policy.load(shipped_policy()), series, random_runs=5)
+    flat, held, random = (result.baselines[k] for k in ("flat", "buy_and_hold", "random"))
+    assert (flat.net_profit, flat.turnover) == (0.0, 0.0)
+    long = evaluate_bars(preferring(Action.LONG, Action.HOLD), series)
+    assert (held.net_profit, held.fees) == (long.net_profit, long.fees)
+    assert result.turnover is not None
+    assert random.turnover == pytest.approx(result.turnover, rel=0.1)
+    assert random.runs == 5
+    assert result.beats_random == 1.0  # the shipped policy knows this world
+    again = evaluate_bars(Policy.load(shipped_policy()), series, random_runs=5)
+    assert again == result
+
+
+def test_shuffled_positions_keep_their_holding_times() -> None:
+    sides = [0, 0, 1, 1, 1, 0, -1, 0, 0, 0, 1]
+    found = shuffled(sides, np.random.default_rng(3))
+    assert len(found) == len(sides)
+
+    def lengths(plan: list[int]) -> list[int]:
+        text = "".join(str(abs(side)) for side in plan)
+        return sorted(len(run) for run in text.split("0") if run)
+
+    assert lengths(found) == lengths(sides) == [1, 1, 3]
+
+
+def test_a_portfolio_is_the_sum_of_its_accounts_on_one_time_axis() -> None:
+    def curve(times: list[int], equity: list[float]) -> Curve:
+        prices = np.ones(len(times))
+        return Curve("A", np.array(times), prices, np.array(equity), prices[1:])
+
+    # 100 + 100, 110 + 100, 110 + 80 (the second account begins later and has a step of its own)
+    found = portfolio_returns([curve([1, 2], [100.0, 110.0]), curve([2, 3], [100.0, 80.0])])
+    assert found.tolist() == pytest.approx([10 / 200, -20 / 210])
