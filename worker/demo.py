@@ -359,7 +359,7 @@ def plan_history(data: Sequence[Bars], seconds: float, now_ms: int, keys: Keys) 
     """Return what to publish: the newest bars of real series, or simulated ones up to now.
 
     Raises:
-        DataError: a series is too short, reaches into the future or has other steps.
+        DataError: a series is too short or reaches into the future.
     """
     ticks_per_bar = 2 if data else TICKS_PER_BAR
     if data:
@@ -370,7 +370,6 @@ def plan_history(data: Sequence[Bars], seconds: float, now_ms: int, keys: Keys) 
             _simulated(symbol, price, seed, now_ms)
             for seed, (symbol, price) in enumerate(SYMBOLS.items())
         ]
-    check_steps(bars, Policy.load(shipped_policy()))
     history = list(entries(bars, stream=keys.stream, ticks_per_bar=ticks_per_bar))
     return Plan(history, max(len(series.end_us) for series in bars), len(bars), seconds)
 
@@ -492,6 +491,7 @@ def command(
         out: new directory for store, recording, logs and report; `out/demo-<time>` by default.
     """
     bars = [read_bars(path) for path in data or ()]
+    check_steps(bars, Policy.load(shipped_policy()))
     directory = out or Path("out") / f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
         directory.mkdir(parents=True)
