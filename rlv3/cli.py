@@ -18,7 +18,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rlv3 import console
+from rlv3 import audit, console
 from rlv3.config import RLv3Config
 from rlv3.errors import ConfigError, DataError
 from rlv3.features import US
@@ -257,6 +257,9 @@ def import_checkpoint(
     policy = Policy(source)
     console.out.print(f"{out} (sha256 {policy.digest[:16]}, {steps:,} training steps)",
                       soft_wrap=True)  # fmt: skip
+
+
+app.command("audit-reward")(audit.command)
 
 
 def read_config(path: Path) -> dict[str, Any]:
