@@ -49,6 +49,8 @@ class Bars(NamedTuple):
     spread: NDArray[np.float64] | None
     """Quoted (ask - bid) / mid, NaN where not known; None if it never is."""
     step_seconds: int
+    repeats: int = 0
+    """Rows of the file that repeated the row before them and were left out."""
 
     def rows(self, start: int, stop: int) -> Bars:
         """Return the bars of rows start to stop - 1."""
@@ -84,7 +86,8 @@ def read_bars(path: str | Path, *, symbol: str | None = None, bar_stamp: str = "
     Columns: `timestamp` (ISO 8601, UTC where no offset is given, or epoch s, ms or us) and either
     `open, high, low, close[, volume]`, or `close[, volume]`, or `bid, ask`. From quotes the close
     is the mid; crossed and locked quotes (bid >= ask) have an unknown spread. Without opens a bar
-    opens at the close before it. The step is the commonest distance between rows.
+    opens at the close before it. The step is the commonest distance between rows. A row that
+    repeats the one before it cell by cell is left out and counted; missing rows are gaps.
 
     Args:
         symbol: its name; by default taken from the file's name (`btc_perp_1m.csv` -> BTCPERP).
@@ -97,6 +100,7 @@ def read_bars(path: str | Path, *, symbol: str | None = None, bar_stamp: str = "
         raise ConfigError(f"bar_stamp must be open or close, was {bar_stamp!r}")
     rows, columns = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
     stamps = _times(path, rows, _required(path, columns, "timestamp"))
+    rows, columns, stamps, repeats = _without_repeats(path, rows, columns, stamps)
     step_us = _step(path, rows, stamps)
     if bar_stamp == "open":
         stamps = stamps + step_us
@@ -104,7 +108,49 @@ def read_bars(path: str | Path, *, symbol: str | None = None, bar_stamp: str = "
     volume = None
     if "volume" in columns:
         volume = _numbers(path, rows, columns["volume"], "a volume >= 0", lambda v: v >= 0.0, True)
-    return Bars(symbol or symbol_of(path), stamps, *prices[:4], volume, prices[4], step_us // US)
+    return Bars(
+        symbol or symbol_of(path), stamps, *prices[:4], volume, prices[4], step_us // US, repeats
+    )
+
+
+class Coverage(NamedTuple):
+    """What a series covers and what it lacks."""
+
+    bars: int
+    start: datetime
+    end: datetime
+    gaps: int
+    """Places where bars are missing."""
+    missing: int
+    """Bars that are missing there, together."""
+    longest: int
+    """Bars that are missing in the longest gap."""
+    repeats: int
+
+    def sentence(self) -> str:
+        """Return it in words; lengths are in bars."""
+        places = "1 gap" if self.gaps == 1 else f"{self.gaps:,} gaps"
+        lacks = f"{self.missing:,} bars missing in {places}, the longest {self.longest:,}"
+        repeated = f"; {self.repeats:,} repeated rows left out" if self.repeats else ""
+        return (
+            f"{self.bars:,} bars from {self.start:%Y-%m-%d %H:%M} to {self.end:%Y-%m-%d %H:%M} UTC"
+            f", {lacks if self.gaps else 'no gap'}{repeated}"
+        )
+
+
+def coverage(bars: Bars) -> Coverage:
+    """Return what a series covers and what it lacks."""
+    lacking = np.diff(bars.end_us) // (bars.step_seconds * US) - 1
+    begin = int(bars.end_us[0]) - bars.step_seconds * US
+    return Coverage(
+        len(bars.close),
+        datetime.fromtimestamp(begin / US, UTC),
+        datetime.fromtimestamp(int(bars.end_us[-1]) / US, UTC),
+        int((lacking > 0).sum()),
+        int(lacking.sum()),
+        int(lacking.max(initial=0)),
+        bars.repeats,
+    )
 
 
 def symbol_of(path: Path) -> str:
@@ -202,23 +248,50 @@ def _numbers(
 
 
 def _times(path: Path, rows: Sequence[int], column: _Column) -> NDArray[np.int64]:
-    """Return epoch microseconds, strictly increasing."""
+    """Return epoch microseconds, never decreasing."""
     stamps = np.empty(len(rows), dtype=np.int64)
     for i, cell in enumerate(column.cells):
         try:
             stamps[i] = _epoch_us(cell)
         except (TypeError, ValueError, OverflowError):
             raise _bad(path, rows[i], column, "an ISO 8601 or epoch time", cell) from None
-    backwards = np.diff(stamps) <= 0
+    backwards = np.diff(stamps) < 0
     if backwards.any():
         i = int(np.argmax(backwards)) + 1
-        kind = "a duplicate" if stamps[i] == stamps[i - 1] else "an earlier one"
-        expected = f"a later time than row {rows[i - 1]}'s"
-        raise DataError(
-            f"{path} row {rows[i]} column {column.name}: expected {expected}, "
-            f"found {kind}, {column.cells[i]!r}"
-        )
+        raise _not_later(path, rows, column, i, "an earlier one")
     return stamps
+
+
+def _not_later(path: Path, rows: Sequence[int], column: _Column, i: int, kind: str) -> DataError:
+    return DataError(
+        f"{path} row {rows[i]} column {column.name}: expected a later time than row "
+        f"{rows[i - 1]}'s, found {kind}, {column.cells[i]!r}"
+    )
+
+
+def _without_repeats(
+    path: Path, rows: list[int], columns: dict[str, _Column], stamps: NDArray[np.int64]
+) -> tuple[list[int], dict[str, _Column], NDArray[np.int64], int]:
+    """Leave out rows that repeat the one before them; return how many that were.
+
+    Raises:
+        DataError: two rows of one time with different values.
+    """
+    again = (np.flatnonzero(np.diff(stamps) == 0) + 1).tolist()
+    if not again:
+        return rows, columns, stamps, 0
+    for i in again:
+        differing = [c.name for c in columns.values() if c.cells[i] != c.cells[i - 1]]
+        if differing:
+            kind = f"a duplicate with another {differing[0]}"
+            raise _not_later(path, rows, columns["timestamp"], i, kind)
+    gone = set(again)
+    keep = [i for i in range(len(rows)) if i not in gone]
+    kept = {
+        name: _Column(column.name, [column.cells[i] for i in keep])
+        for name, column in columns.items()
+    }
+    return [rows[i] for i in keep], kept, stamps[keep], len(again)
 
 
 def _epoch_us(cell: Any) -> int:

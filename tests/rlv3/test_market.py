@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from rlv3.errors import ConfigError, DataError
-from rlv3.market import WORLDS, Bars, bars_from_closes, read_bars, simulate, symbol_of
+from rlv3.market import (
+    WORLDS,
+    Bars,
+    bars_from_closes,
+    coverage,
+    read_bars,
+    simulate,
+    symbol_of,
+)
 
 HEADER = "timestamp,open,high,low,close,volume\n"
 ROWS = (
@@ -94,6 +102,34 @@ def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
         read_bars(broken)
     with pytest.raises(DataError, match="cannot be read: no such file"):
         read_bars(tmp_path / "none.parquet")
+
+
+def test_a_repeated_row_is_left_out_and_counted(tmp_path: Path) -> None:
+    plain = read_bars(write(tmp_path, HEADER + ROWS))
+    first, second, third, fourth = ROWS.splitlines(keepends=True)
+    text = HEADER + first * 3 + second + third + fourth * 2
+    bars = read_bars(write(tmp_path, text))
+    assert (plain.repeats, bars.repeats) == (0, 3)
+    assert bars.sha256() == plain.sha256()
+
+
+def test_coverage_names_gaps_and_repeats(tmp_path: Path) -> None:
+    last = ROWS.splitlines(keepends=True)[-1]
+    found = coverage(read_bars(write(tmp_path, HEADER + ROWS + last)))
+    assert (found.bars, found.gaps, found.missing, found.longest, found.repeats) == (4, 1, 2, 2, 1)
+    assert found.sentence() == (
+        "4 bars from 2024-01-01 00:00 to 2024-01-01 00:06 UTC, 2 bars missing in 1 gap, "
+        "the longest 2; 1 repeated rows left out"
+    )
+    assert coverage(bars_from_closes([1.0, 2.0])).sentence().endswith("UTC, no gap")
+
+
+@pytest.mark.parametrize(("step", "text"), [(5, "5m"), (900, "15m"), (3_600, "1h"), (86_400, "1d")])
+def test_bars_of_any_size(tmp_path: Path, step: int, text: str) -> None:
+    rows = "".join(f"{1_704_067_200 + step * k},{100 + k}\n" for k in range(1, 5))
+    bars = read_bars(write(tmp_path, "timestamp,close\n" + rows, f"abc_{text}.csv"))
+    assert (bars.symbol, bars.step_seconds, coverage(bars).bars) == ("ABC", step, 4)
+    assert coverage(bars).start.timestamp() == 1_704_067_200
 
 
 AT = "2024-01-01T00:07:00Z"
