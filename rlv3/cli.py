@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -15,24 +13,27 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rlv3 import audit, console
+from rlv3 import audit, console, fetch
 from rlv3.config import RLv3Config
-from rlv3.errors import ConfigError, DataError
+from rlv3.errors import ConfigError, DataError, PolicyError
+from rlv3.extras import require
 from rlv3.features import US
 from rlv3.policy import Policy, save_artifact, shipped_policy
+from rlv3.splits import check_unseen, first_decision_us, parse_split, window
 
 if TYPE_CHECKING:
     from rlv3.evaluation import Evaluation
     from rlv3.market import Bars
-    from rlv3.trainer import Update
 
 ARTIFACT = "policy.safetensors"
 DEFAULT_OUT = Path("runs/rl_v3")
 SANDBOX_STEPS = 20_480
 SHIPPED = shipped_policy()
+RECIPES = {path.stem: path for path in sorted(SHIPPED.parent.glob("recipes/*.toml"))}
+"""Published recipes by name; each says in its first lines what it is for."""
+DATES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%MZ", "%Y-%m-%dT%H:%M:%SZ"]
 OBSERVATION = {
     "price_change_1m": 0.001, "price_change_5m": 0.004, "price_change_15m": 0.008,
     "volatility": 0.0007, "rsi": 68.0, "macd": 0.12, "price": 100.0, "position_size": 0.0,
@@ -86,7 +87,11 @@ def train(
         typer.Option(help="net_return: log return after costs (default). seed: the seed's terms."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="TOML file with settings of RLv3Config; flags beat it.")
+        Path | None,
+        typer.Option(
+            help="TOML file with settings of RLv3Config, or the name of a recipe that comes with "
+            f"the package: {', '.join(RECIPES)}. Flags beat it."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seeds every random stream.")] = None,
     out: Annotated[
@@ -97,11 +102,22 @@ def train(
         typer.Option(help="Directory of an earlier run: continue from its weights and normaliser."),
     ] = None,
     bar_stamp: StampOption = "close",
+    split: Annotated[
+        str, typer.Option(help="Shares of --data by time: train, [validation,] test.")
+    ] = "70,15,15",
+    embargo: Annotated[
+        int, typer.Option(help="Bars between one part and the first decision of the next.")
+    ] = 60,
+    validate_every: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps between validations; 20 a run if unset, 0 for none."),
+    ] = None,
 ) -> None:
-    """Train a policy and write its artifact.
+    """Train a policy; leave a folder with the policy, its metrics, settings and plots.
 
     Without --data, --market or --env it trains on the world regime_switching.
-    Of every file the first 80 % are trained on; the rest is evaluated at the end.
+    Files are cut by time: the first part is trained on, the second chooses best.safetensors, the
+    third is left for rlv3 evaluate.
     --resume keeps weights, normaliser and step count; the optimisers start anew.
 
     [bold]Examples[/bold]
@@ -109,16 +125,19 @@ def train(
         rlv3 train --episodes 200 --out runs/first
 
         rlv3 train --steps 300000 --data btc_1m.csv --seed 1
+
+        rlv3 train --env CartPole-v1 --config cartpole-zoo --steps 100000 --out runs/cartpole
     """
     if episodes is not None and steps is not None:
         raise ConfigError("expected --episodes or --steps, found both")
     if sum(place is not None for place in (data or None, market, env)) > 1:
         raise ConfigError("expected one of --data, --market and --env, found several")
     _need_training()
-    from rlv3.evaluation import evaluate_bars
     from rlv3.manager import DEFAULT_EPISODES, RLv3Manager
+    from rlv3.runs import BEST, Run, file_facts, progress
 
     series = _read(data or [], bar_stamp)
+    shares = parse_split(split)
     settings = read_config(config) if config else {}
     if series:
         settings.setdefault("step_seconds", series[0].step_seconds)
@@ -129,28 +148,52 @@ def train(
     if episodes is None and steps is None:
         episodes = DEFAULT_EPISODES
     total = steps or (episodes or 0) * manager.config.max_steps_per_episode
-    with _progress(total) as on_update:
+    inputs = {"data": file_facts(data or [], series), "market": market, "env": env,
+              "embargo": embargo if series else None}  # fmt: skip
+    run = Run(
+        out or resume or DEFAULT_OUT, manager, total=total, every=validate_every, inputs=inputs,
+        market=market, env_id=env, resumed=resume is not None,
+    )  # fmt: skip
+    with run, progress(total) as show:
         metrics = manager.train(
             episodes,
             steps=steps,
             price_data=series or None,
             market=market,
             env_id=env,
-            on_update=on_update,
+            shares=shares,
+            embargo=embargo,
+            on_update=lambda done, update: show(done, update, run.update(done, update)),
         )
-    path = manager.save((out or resume or DEFAULT_OUT) / ARTIFACT)
+        run.finish(metrics)
     table = Table("training", "")
     for name, value in metrics.items():
         table.add_row(name, f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}")
     console.out.print(table)
-    if manager.heldout:
-        console.out.print(_table(evaluate_bars(manager.policy, manager.heldout), "held out"))
+    if run.best is not None:
+        score, at = run.best["validation"], run.best["steps"]
+        console.out.print(f"best validation score {score:+.6g} at {at:,.0f} steps: {BEST}")
+    if manager.split is not None and manager.split.test:
+        begin = datetime.fromtimestamp(int(first_decision_us(manager.split.test)) / US, UTC)
+        files = " ".join(f"--data {path}" for path in data or [])
+        console.out.print(
+            "nothing has seen the test part yet: rlv3 evaluate "
+            f"--policy {run.folder} {files} --from {begin:%Y-%m-%dT%H:%M:%SZ}",
+            soft_wrap=True,
+        )
+    path = run.folder / ARTIFACT
     console.out.print(f"{path} (sha256 {manager.policy.digest[:16]})", soft_wrap=True)
 
 
 @app.command()
 def evaluate(
-    policy: PolicyOption = SHIPPED,
+    policy: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Policy artifact, run folder, or folder of run folders; repeat for more. The "
+            "shipped one if unset."
+        ),
+    ] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="CSV or Parquet bars; repeat for more symbols.")
     ] = None,
@@ -160,32 +203,121 @@ def evaluate(
         int, typer.Option(min=1, help="Synthetic series of 1,000 bars, or environment episodes.")
     ] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Seeds series or episodes.")] = 1_000,
+    start: Annotated[
+        datetime | None, typer.Option("--from", formats=DATES, help="First decision (UTC).")
+    ] = None,
+    end: Annotated[
+        datetime | None, typer.Option("--to", formats=DATES, help="End of the last bar (UTC).")
+    ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option(help="Evaluate on the training data too; it proves nothing.")
+    ] = False,
+    random_runs: Annotated[
+        int, typer.Option(min=0, help="Runs of the random baseline; 0 for no baselines.")
+    ] = 20,
+    plot: Annotated[Path | None, typer.Option(help="Equity plot to write (.png or .svg).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     bar_stamp: StampOption = "close",
 ) -> None:
-    """Evaluate a policy deterministically: the most probable valid action at every step.
+    """Evaluate policies deterministically: the most probable valid action at every step.
 
-    Files are traded once, whole; the default is the world regime_switching.
+    Trading is compared with flat, buy-and-hold and random positions of equal turnover. Several
+    policies give the interquartile mean of their mean returns with a 95 % bootstrap interval.
+    Without --data, --market or --env: the world regime_switching.
+
+    [bold]Examples[/bold]
+
+        rlv3 evaluate --policy runs/first --data btc_1m.csv --from 2022-01-18 --plot equity.png
+
+        rlv3 evaluate --policy runs/cartpole --env CartPole-v1 --episodes 100
     """
     if sum(place is not None for place in (data or None, market, env)) > 1:
         raise ConfigError("expected one of --data, --market and --env, found several")
-    loaded = Policy.load(policy)
+    if not data and (start or end):
+        raise ConfigError("expected --data with --from and --to, found none")
+    loaded = {str(path): Policy.load(path) for path in _artifacts(policy or [SHIPPED])}
     _need_training()
     from rlv3.evaluation import evaluate_bars, evaluate_env, evaluate_market
     from rlv3.market import DEFAULT_WORLD
+    from rlv3.metrics import interquartile_interval, interquartile_mean
+    from rlv3.present import comparison_table, evaluation_table, provenance
 
-    series = _read(data or [], bar_stamp)
-    if series:
-        _warn_if_seen(loaded, series)
-        result = evaluate_bars(loaded, series)
-    elif env is not None:
-        result = evaluate_env(loaded, env, episodes=episodes, seed=seed)
-    else:
-        result = evaluate_market(loaded, market or DEFAULT_WORLD, episodes=episodes, seed=seed)
+    if plot is not None:
+        if env is not None:
+            raise ConfigError("expected --plot with prices, found --env")
+        require("matplotlib", "train")
+        from rlv3.plots import check_suffix
+
+        check_suffix(plot)
+    series = [window(bars, _utc(start), _utc(end)) for bars in _read(data or [], bar_stamp)]
+    if series and not allow_overlap:
+        for one in loaded.values():
+            check_unseen(one.metadata["training"], series)
+
+    def judge(one: Policy) -> Evaluation:
+        if series:
+            return evaluate_bars(one, series, random_runs=random_runs, seed=seed)
+        if env is not None:
+            return evaluate_env(one, env, episodes=episodes, seed=seed)
+        world = market or DEFAULT_WORLD
+        return evaluate_market(one, world, episodes=episodes, seed=seed, random_runs=random_runs)
+
+    results = {name: judge(one) for name, one in loaded.items()}
+    found = [
+        {"policy": name, "sha256": loaded[name].digest,
+         "training": {k: loaded[name].metadata["training"].get(k)
+                      for k in ("steps", "seed", "reward", "markets", "data_end")},
+         **result.to_dict()}
+        for name, result in results.items()
+    ]  # fmt: skip
+    scores = [result.mean_return for result in results.values()]
+    middle, (low, high) = interquartile_mean(scores), interquartile_interval(scores)
+    if plot is not None:
+        from rlv3.plots import equity
+
+        lines = {name: result.curves for name, result in results.items()}
+        held = next(iter(results.values())).held
+        equity(plot, lines | ({"buy and hold": held} if held else {}))
     if as_json:
-        typer.echo(json.dumps(result.to_dict()))
-    else:
-        console.out.print(_table(result, "evaluation"))
+        several = {"interquartile_mean": middle, "interval": [low, high], "policies": found}
+        typer.echo(json.dumps(found[0] if len(found) == 1 else several))
+        return
+    for name, result in results.items():
+        if len(results) == 1:
+            console.out.print(evaluation_table(result, "evaluation"))
+        console.out.print(f"{name}: {provenance(loaded[name].metadata['training'])}",
+                          soft_wrap=True)  # fmt: skip
+    if len(results) > 1:
+        console.out.print(comparison_table(results))
+        console.out.print(
+            f"interquartile mean of {len(scores)} mean returns "
+            f"{middle:+.6g}, 95 % [{low:+.6g}, {high:+.6g}]"
+        )
+    if plot is not None:
+        console.out.print(f"equity: {plot}", soft_wrap=True)
+
+
+def _artifacts(paths: list[Path]) -> list[Path]:
+    """Return the artifacts that files, run folders and folders of run folders stand for.
+
+    Raises:
+        PolicyError: a folder without a policy.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        here = [path / ARTIFACT] if (path / ARTIFACT).exists() else []
+        inside = here or sorted(path.glob(f"*/{ARTIFACT}"))
+        if not inside:
+            raise PolicyError(f"expected {ARTIFACT} in {path} or in its folders, found none")
+        found += inside
+    return found
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    return None if moment is None else moment.replace(tzinfo=UTC)
 
 
 @app.command()
@@ -213,11 +345,13 @@ def sandbox(
     from rlv3.evaluation import evaluate_market
     from rlv3.manager import RLv3Manager
     from rlv3.market import DEFAULT_WORLD
+    from rlv3.present import evaluation_table
+    from rlv3.runs import progress
 
     manager = RLv3Manager(RLv3Config(seed=seed))
     console.out.print(f"1. train {SANDBOX_STEPS:,} steps on simulated prices ({DEFAULT_WORLD})")
-    with _progress(SANDBOX_STEPS) as on_update:
-        metrics = manager.train(steps=SANDBOX_STEPS, on_update=on_update)
+    with progress(SANDBOX_STEPS) as show:
+        metrics = manager.train(steps=SANDBOX_STEPS, on_update=show)
     console.out.print(
         f"   {metrics['episodes']:.0f} episodes, average reward {metrics['avg_reward']:+.5f}, "
         f"{metrics['steps_per_s']:,.0f} steps a second"
@@ -234,7 +368,7 @@ def sandbox(
     )
     result = evaluate_market(policy, DEFAULT_WORLD, episodes=5, seed=1_000)
     console.out.print("5. evaluate on prices it has never seen")
-    console.out.print(_table(result, "evaluation"))
+    console.out.print(evaluation_table(result, "evaluation"))
 
 
 @app.command("import-checkpoint")
@@ -260,14 +394,18 @@ def import_checkpoint(
 
 
 app.command("audit-reward")(audit.command)
+app.command("fetch")(fetch.command)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the settings of a TOML file whose keys are fields of `RLv3Config`.
 
+    Args:
+        path: the file, or the name of a recipe of the package.
     Raises:
         ConfigError: the file cannot be read, or has an unknown key or a value of another type.
     """
+    path = RECIPES.get(str(path), path)
     try:
         found = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -316,57 +454,6 @@ def _observation(source: str) -> dict[str, Any]:
         kind = type(found).__name__
         raise DataError(f"observation {source}: expected a JSON object, found {kind}")
     return found
-
-
-def _warn_if_seen(policy: Policy, series: list[Bars]) -> None:
-    """Say so when a file begins before the end of what the policy was trained on."""
-    end = policy.metadata["training"].get("data_end")
-    if end is None:
-        return
-    begin = min(int(bars.end_us[0]) for bars in series)
-    if begin / US < datetime.fromisoformat(end).timestamp():
-        found = datetime.fromtimestamp(begin / US, UTC).isoformat()
-        console.err.print(
-            f"[yellow]warning:[/yellow] training data end at {end}, these begin at {found}: "
-            "part of this may be in-sample", soft_wrap=True, highlight=False,
-        )  # fmt: skip
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, Update], None]]:
-    """Show a bar on stderr to a person who watches; yield what to call after every update."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console.err, disable=not console.err.is_terminal) as progress:
-        task = progress.add_task("training", total=total, status="")
-
-        def show(done: int, update: Update) -> None:
-            progress.update(
-                task,
-                completed=min(done, total),
-                status=f"{done:,} steps, {update.steps_per_s:,.0f}/s, entropy {update.entropy:.2f}",
-            )
-
-        yield show
-
-
-def _table(result: Evaluation, title: str) -> Table:
-    table = Table(title, "")
-    table.add_row("mean return per episode", f"{result.mean_return:+.6g}")
-    table.add_row("episodes", f"{result.episodes:,}")
-    table.add_row("steps", f"{result.steps:,}")
-    if result.net_profit is not None:
-        table.add_row("net profit", f"{result.net_profit:+,.2f}")
-        table.add_row("fees and half-spread", f"{result.fees:,.2f}")
-        table.add_row("positions entered", f"{result.trades:,}")
-        table.add_row("worst drawdown", f"{result.max_drawdown:.3%}")
-    used = {name: share for name, share in result.action_mix.items() if share}
-    table.add_row("actions", ", ".join(f"{name} {share:.1%}" for name, share in used.items()))
-    return table
 
 
 if __name__ == "__main__":

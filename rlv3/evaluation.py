@@ -101,10 +101,13 @@ class Evaluation:
     """Share of the random runs that earned less."""
     curves: list[Curve] = field(default_factory=list, compare=False, repr=False)
     """For plots; one per episode."""
+    held: list[Curve] = field(default_factory=list, compare=False, repr=False)
+    """The same of buy-and-hold, where baselines were asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, without the curves."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "curves"}
+        plain = [f.name for f in fields(self) if f.compare]
+        found = {name: getattr(self, name) for name in plain}
         found["baselines"] = {name: asdict(row) for name, row in self.baselines.items()}
         return found
 
@@ -196,15 +199,21 @@ def evaluate_env(policy: Policy, env_id: str, *, episodes: int, seed: int) -> Ev
     return _summary(played, policy.step_seconds, chained_returns)
 
 
-def portfolio_returns(curves: Sequence[Curve]) -> NDArray[np.float64]:
-    """Return the returns per step of the sum of accounts; one that has no price yet is flat."""
-    if len(curves) == 1:
-        return chained_returns(curves)
+def portfolio_equity(
+    curves: Sequence[Curve],
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return times and the sum of accounts; one that has no price yet holds its capital."""
     times = np.unique(np.concatenate([curve.time_us for curve in curves]))
     total = np.zeros(len(times))
     for curve in curves:
         newest = np.searchsorted(curve.time_us, times, side="right") - 1
         total += curve.equity[np.maximum(newest, 0)]
+    return times, total
+
+
+def portfolio_returns(curves: Sequence[Curve]) -> NDArray[np.float64]:
+    """Return the returns per step of the sum of accounts."""
+    _, total = portfolio_equity(curves)
     return np.diff(total) / total[:-1]
 
 
@@ -232,9 +241,14 @@ def _evaluate_series(
     result = _summary(played, policy.step_seconds, returns_of)
     if not random_runs:
         return result
-    baselines, profits = _baselines(played, envs, series, random_runs, seed, returns_of)
-    worse = sum(profit < played.net_profit for profit in profits) / len(profits)
-    return replace(result, baselines=baselines, beats_random=worse)
+    held, randoms = _baselines(played, envs, series, random_runs, seed)
+    baselines = {
+        "flat": Baseline(0.0, 0.0, 0.0, 0.0, 0.0),
+        "buy_and_hold": _baseline([held], policy.step_seconds, returns_of),
+        "random": _baseline(randoms, policy.step_seconds, returns_of),
+    }
+    worse = sum(run.net_profit < played.net_profit for run in randoms) / len(randoms)
+    return replace(result, baselines=baselines, beats_random=worse, held=held.curves)
 
 
 def _play(
@@ -343,9 +357,8 @@ def _baselines(
     series: Sequence[Bars],
     random_runs: int,
     seed: int,
-    returns_of: Returns,
-) -> tuple[dict[str, Baseline], list[float]]:
-    """Return the baselines by name, and the profits of the random runs."""
+) -> tuple[_Played, list[_Played]]:
+    """Return what buy-and-hold and the random runs did."""
 
     def run(plans: Iterable[Sequence[int]]) -> _Played:
         found = _Played()
@@ -355,37 +368,18 @@ def _baselines(
 
     rng = np.random.default_rng([seed, 3])
     held = run([1] * len(sides) for sides in played.sides)
-    randoms = [
-        run([shuffled(sides, rng) for sides in played.sides]) for _ in range(random_runs)
-    ]  # fmt: skip
-    step_seconds = series[0].step_seconds
+    randoms = [run([shuffled(sides, rng) for sides in played.sides]) for _ in range(random_runs)]
+    return held, randoms
 
-    def baseline(runs: list[_Played]) -> Baseline:
-        per_year = steps_per_year(step_seconds)
-        means = np.mean(
-            [
-                (
-                    r.net_profit,
-                    sharpe(returns_of(r.curves), per_year),
-                    r.drawdown,
-                    r.turnover,
-                    r.fees,
-                )
-                for r in runs
-            ],
-            axis=0,
-        )
-        profit, ratio, drawdown, turnover, fees = means.tolist()
-        return Baseline(profit, ratio, drawdown, turnover, fees, runs=len(runs))
 
-    return (
-        {
-            "flat": Baseline(0.0, 0.0, 0.0, 0.0, 0.0),
-            "buy_and_hold": baseline([held]),
-            "random": baseline(randoms),
-        },
-        [found.net_profit for found in randoms],
-    )
+def _baseline(runs: list[_Played], step_seconds: int, returns_of: Returns) -> Baseline:
+    per_year = steps_per_year(step_seconds)
+    figures = [
+        (r.net_profit, sharpe(returns_of(r.curves), per_year), r.drawdown, r.turnover, r.fees)
+        for r in runs
+    ]
+    profit, ratio, drawdown, turnover, fees = np.mean(figures, axis=0).tolist()
+    return Baseline(profit, ratio, drawdown, turnover, fees, runs=len(runs))
 
 
 def shuffled(sides: Sequence[int], rng: np.random.Generator) -> list[int]:

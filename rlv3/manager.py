@@ -21,14 +21,13 @@ from rlv3.errors import ConfigError
 from rlv3.features import US, WARM_BARS, Normaliser, feature_matrix
 from rlv3.market import DEFAULT_WORLD, Bars, simulate
 from rlv3.policy import Policy, build_artifact, save_artifact, training_quantiles
+from rlv3.splits import DEFAULT_EMBARGO, DEFAULT_SPLIT, Split, split_by_time
 from rlv3.trainer import PPOTrainer, Update
 
 DEFAULT_PATH = Path("runs/rl_v3/policy.safetensors")
 DEFAULT_EPISODES = 100
 SERIES_PER_WORLD = 8
 SERIES_BARS = 6_000
-TRAIN_FRACTION = 0.8
-"""Share of every historical series that is trained on; the rest is never seen by training."""
 
 
 class _Facts(NamedTuple):
@@ -50,14 +49,15 @@ class RLv3Manager:
 
     Attributes:
         config: hyperparameters.
-        heldout: the rest of every historical series, for evaluation.
+        split: how historical series were cut by time: trained on, validation, test. None for
+            synthetic worlds and other environments.
         steps: environment steps that the policy was trained for, earlier runs included.
     """
 
     def __init__(self, config: RLv3Config | None = None) -> None:
         self.config = config or RLv3Config()
         self.agent = PPOAgent(self.config)
-        self.heldout: list[Bars] = []
+        self.split: Split | None = None
         self.steps = 0
         self._facts = UNTRAINED
         self._fitted = False
@@ -72,11 +72,13 @@ class RLv3Manager:
         price_data: PriceData | None = None,
         market: str | Sequence[str] | None = None,
         env_id: str | None = None,
+        shares: Sequence[float] = DEFAULT_SPLIT,
+        embargo: int = DEFAULT_EMBARGO,
         on_update: Callable[[int, Update], None] | None = None,
     ) -> dict[str, float]:
         """Train, and return what training measured.
 
-        Where to train: at most one of `price_data` (the first 80 % of every series), `market`
+        Where to train: at most one of `price_data` (the first share of every series), `market`
         (synthetic worlds by name) and `env_id` (a Gymnasium environment). With none of them a
         second call continues where the first one stopped; a first call uses the default world.
 
@@ -84,6 +86,9 @@ class RLv3Manager:
             num_episodes: 100 unless `steps` is given. Updates are whole buffers, so some more
                 episodes may run.
             steps: environment steps, rounded up to whole buffers.
+            shares: of `price_data`: train, validation, test, or train and test; (1.0,) trains on
+                all of it.
+            embargo: bars between one part and the first decision of the next.
             on_update: called after every update with the steps of this call so far.
         Returns:
             avg_reward and final_reward (per episode, in reward units), episodes, steps,
@@ -99,14 +104,21 @@ class RLv3Manager:
             num_episodes = DEFAULT_EPISODES
         trainer = self._trainer
         if trainer is None or not (price_data is None and market is None and env_id is None):
-            env = self._environment(price_data, market, env_id)
+            parts = None if price_data is None else self._parts(price_data, shares, embargo)
+            env = self._environment(parts, market, env_id)
             trainer = self._trainer = PPOTrainer(self.agent, env, stream=self.steps)
         steps_before, episodes_before = trainer.steps, len(trainer.episode_returns)
-        self._policy = None
+        known = self.steps
+
+        def count(done: int, update: Update) -> None:
+            self._policy = None
+            self.steps = known + done
+            if on_update is not None:
+                on_update(done, update)
+
         updates = trainer.train(
-            steps=steps, episodes=None if steps is not None else num_episodes, on_update=on_update
+            steps=steps, episodes=None if steps is not None else num_episodes, on_update=count
         )
-        self.steps += trainer.steps - steps_before
         returns = trainer.episode_returns[episodes_before:] or [trainer.running_return]
         return {
             "avg_reward": float(np.mean(returns)),
@@ -121,22 +133,17 @@ class RLv3Manager:
 
     def _environment(
         self,
-        price_data: PriceData | None,
+        split: Split | None,
         market: str | Sequence[str] | None,
         env_id: str | None,
     ) -> gym.Env[Any, Any]:
         """Return where to train, and note what the artifact will say about it."""
+        self.split = split
         if env_id is not None:
             self._facts = UNTRAINED._replace(env=env_id, markets=(env_id,))
             return make_padded(env_id)
-        if price_data is not None:
-            series = as_bars(price_data, self.config)
-            cuts = [round(TRAIN_FRACTION * len(bars.close)) for bars in series]
-            split = list(zip(series, cuts, strict=True))
-            # the held-out part begins with the bars that warm up its features
-            self.heldout = [bars.rows(max(cut - WARM_BARS, 0), len(bars.close))
-                            for bars, cut in split]  # fmt: skip
-            series = [bars.rows(0, cut) for bars, cut in split]
+        if split is not None:
+            series = split.train
             end = max(int(bars.end_us[-1]) for bars in series)
             data_end = datetime.fromtimestamp(end / US, UTC).isoformat()
             names = tuple(bars.symbol for bars in series)
@@ -147,6 +154,12 @@ class RLv3Manager:
             data_end = None
         self._fit(series, names, data_end)
         return TradingEnvV3(self.config, series, normaliser=self._facts.normaliser)
+
+    def _parts(self, price_data: PriceData, shares: Sequence[float], embargo: int) -> Split:
+        series = as_bars(price_data, self.config)
+        if len(shares) == 1:
+            return Split(series, [], [])
+        return split_by_time(series, shares, embargo=embargo)
 
     def _worlds(self, names: Sequence[str]) -> list[Bars]:
         """Return the synthetic training series: several per world, seeded by the configuration."""
@@ -171,6 +184,11 @@ class RLv3Manager:
         self._facts = _Facts(
             fitted, training_quantiles(raw, missing), ENV_ID, names, digest, data_end
         )
+
+    @property
+    def episode_returns(self) -> list[float]:
+        """Undiscounted, unscaled return of every episode finished by the newest trainer."""
+        return [] if self._trainer is None else self._trainer.episode_returns
 
     def artifact(self) -> bytes:
         """Return the policy as it is now, as the bytes of an artifact."""

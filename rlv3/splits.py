@@ -129,6 +129,11 @@ def window(bars: Bars, start: datetime | None = None, end: datetime | None = Non
     return bars.rows(first, stop)
 
 
+def first_decision_us(series: Sequence[Bars]) -> int:
+    """Return when the first bar ends that a policy decides on; the bars before it warm up."""
+    return min(int(bars.end_us[min(WARM_BARS, len(bars.end_us)) - 1]) for bars in series)
+
+
 def training_end(training: Mapping[str, Any]) -> datetime | None:
     """Return when the historical data of an artifact's training ended; None if it had none."""
     end = training.get("data_end")

@@ -83,15 +83,25 @@ def test_train_on_files_holds_the_rest_out(tmp_path: Path, config: Path) -> None
              for i, name in enumerate(("aaa", "bbb"))]  # fmt: skip
     result = call(
         "train", "--steps", 256, "--config", config, "--data", files[0], "--data", files[1],
-        "--reward", "seed", "--out", tmp_path,
+        "--reward", "seed", "--out", tmp_path, "--split", "80,20",
     )  # fmt: skip
     policy = Policy.load(tmp_path / "policy.safetensors")
     assert policy.step_seconds == 300
     assert policy.metadata["training"]["markets"] == ["AAA", "BBB"]
     assert policy.metadata["training"]["reward"] == "seed"
-    assert "held out" in result.stdout
-    seen = call("evaluate", "--policy", tmp_path / "policy.safetensors", "--data", files[0])
-    assert "in-sample" in seen.output
+    # 480 of 600 bars of five minutes from 2026-01-01T00:00Z on, then an embargo of 60 bars
+    assert "--from 2026-01-02T21:00:00Z" in result.stdout
+    judge = ("evaluate", "--policy", tmp_path, "--data", files[0], "--data", files[1])
+    sentence = refused(*judge)
+    assert "expected data after 2026-01-02T16:00:00+00:00" in sentence
+    assert "--allow-overlap" in sentence
+    call(*judge, "--allow-overlap", "--random-runs", 0)
+    later = call(*judge, "--from", "2026-01-02T21:00:00Z", "--json", "--random-runs", 2)
+    found = json.loads(later.stdout)
+    assert found["episodes"] == 2
+    assert found["training"]["reward"] == "seed"
+    assert set(found["baselines"]) == {"flat", "buy_and_hold", "random"}
+    assert found["sharpe_interval"][0] <= found["sharpe"] <= found["sharpe_interval"][1]
 
 
 def test_resume_continues_in_place(tmp_path: Path, config: Path) -> None:

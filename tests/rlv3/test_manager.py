@@ -81,9 +81,9 @@ def test_artifact_says_what_the_policy_was_trained_on(tmp_path: Path) -> None:
     assert training["env"] == "rlv3/Trading-v3"
     assert training["markets"] == ["SIMUSDT"]
     assert training["config"]["buffer_size"] == 256
-    # 800 of 1,000 bars from 2026-01-01T00:00Z on: 13 h 20 min
-    assert training["data_end"] == "2026-01-01T13:20:00+00:00"
-    cut = series.rows(0, 800)
+    # 700 of 1,000 bars from 2026-01-01T00:00Z on: 11 h 40 min
+    assert training["data_end"] == "2026-01-01T11:40:00+00:00"
+    cut = series.rows(0, 700)
     raw, missing = feature_matrix(cut.end_us, cut.close, cut.volume)
     expected = Normaliser.fit(raw, missing)
     assert np.array_equal(policy.normaliser.mean, expected.mean)
@@ -91,7 +91,9 @@ def test_artifact_says_what_the_policy_was_trained_on(tmp_path: Path) -> None:
     known = raw[(missing >> 4) & 1 == 0, 4]
     assert policy.metadata["quantiles"]["rsi"][4] == np.median(known)
     assert "spread" not in policy.metadata["quantiles"]
-    assert [len(part.close) for part in manager.heldout] == [200 + 31]
+    # an embargo of 60 bars precedes each first decision; the last 31 of them are warm-up
+    assert manager.split is not None
+    assert [len(part[0].close) for part in manager.split] == [700, 121, 121]
 
 
 def test_held_out_data_leave_no_trace_in_the_artifact() -> None:
