@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from rlv3.config import RLv3Config
 from rlv3.errors import ConfigError, DataError
 from rlv3.events import ACTION_TABLE, Action
+from rlv3.extras import require
 from rlv3.features import (
     CLIP,
     N_FEATURES,
@@ -37,6 +38,9 @@ from rlv3.features import (
 from rlv3.market import DEFAULT_WORLD, Bars, bars_from_closes, read_bars, simulate
 from rlv3.portfolio import Account, Costs
 from rlv3.reward import compute_reward, net_return, regime_alignment
+
+if TYPE_CHECKING:
+    from rlv3.render import Moment
 
 RAW_LIMIT = 1e6
 """Raw observations (no normaliser) are clipped to this, so that the space is finite."""
@@ -211,12 +215,13 @@ class TradingEnvV3(gym.Env[NDArray[np.float32], np.int64]):
         normaliser: scales the market features; None observes raw features.
         market: name of the synthetic world.
         random_start: begin at a random row (drawn from `np_random`), else at the first warm one.
+        render_mode: `rgb_array` keeps the episode, so that `render` can draw it.
     Raises:
         ConfigError: arguments that do not fit together.
         DataError: prices that cannot be used.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own declaration)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012 (Gymnasium's form)
 
     def __init__(
         self,
@@ -228,8 +233,13 @@ class TradingEnvV3(gym.Env[NDArray[np.float32], np.int64]):
         *,
         market: str = DEFAULT_WORLD,
         random_start: bool = True,
+        render_mode: str | None = None,
     ) -> None:
         self.config = config = config or RLv3Config()
+        if render_mode not in (None, "rgb_array"):
+            raise ConfigError(f"render_mode must be None or rgb_array, was {render_mode!r}")
+        self.render_mode = render_mode
+        self._moments: list[Moment] = []
         if price_source not in ("synthetic", "live"):
             raise ConfigError(f"price_source must be synthetic or live, was {price_source!r}")
         if price_source == "live" and not hasattr(market_feed, "get_price"):
@@ -273,6 +283,8 @@ class TradingEnvV3(gym.Env[NDArray[np.float32], np.int64]):
         self._steps = 0
         self._account = Account(self.config.initial_balance, self._costs)
         self._account.mark_to(track.open[self._t + 1])
+        self._moments = []
+        self._remember()
         return self._observe(), self._info()
 
     def step(
@@ -293,10 +305,35 @@ class TradingEnvV3(gym.Env[NDArray[np.float32], np.int64]):
         account.mark_to(track.open[t + 2], track.half_after[t + 1])
         self._t = t + 1
         self._steps += 1
+        self._remember()
         reward = self._reward(equity_before)
         late = self._steps >= self.config.max_steps_per_episode
         truncated = late or track.ended(self._t)
         return self._observe(), reward, account.ruined, truncated, self._info()
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """Return the episode so far as a picture, uint8[480, 640, 3]; None without a render mode.
+
+        Price with entries and exits, position and equity.
+        """
+        if self.render_mode is None:
+            gym.logger.warn('render() draws nothing without render_mode="rgb_array"')
+            return None
+        self._current()
+        require("matplotlib", "train")
+        from rlv3.render import episode_figure, rgb_array
+
+        profit = self._account.equity - self._account.initial
+        title = f"step {self._steps:,}, net profit {profit:+,.2f}"
+        return rgb_array(episode_figure(self._moments, title))
+
+    def _remember(self) -> None:
+        """Keep the account as it is now, where an episode is to be drawn."""
+        if self.render_mode is not None:
+            from rlv3.render import Moment
+
+            account = self._account
+            self._moments.append(Moment(account.mark, account.exposure, account.equity))
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return bool[6]: which actions would do something now."""

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 from rlv3.config import RLv3Config
 from rlv3.env import ENV_ID, PaddedEnv, TradingEnvV3, make_padded
@@ -45,6 +46,40 @@ def test_environment_checker_finds_nothing(normaliser: Normaliser | None, reward
     config = RLv3Config(reward=reward, max_steps_per_episode=50)
     check_env(TradingEnvV3(config, normaliser=normaliser))
     check_env(TradingEnvV3(config, simulate("momentum", 200, seed=0), normaliser=normaliser))
+
+
+@pytest.mark.parametrize("reward", ["net_return", "seed"])
+def test_stable_baselines_finds_nothing_either(reward: str) -> None:
+    config = RLv3Config(reward=reward, max_steps_per_episode=50)
+    normaliser = Normaliser.identity()
+    for env in (
+        TradingEnvV3(config, normaliser=normaliser),
+        TradingEnvV3(config, simulate("momentum", 200, seed=0), normaliser=normaliser),
+        TradingEnvV3(config),
+    ):
+        check_env_sb3(env)  # a warning is an error here
+
+
+def test_an_episode_can_be_drawn() -> None:
+    bars = quiet_then((102.0, 104.0), (106.0, 103.0), (99.0, 98.0))
+    env = gym.make(
+        ENV_ID, price_data=bars, random_start=False, render_mode="rgb_array"
+    )  # what RecordVideo does
+    check_env(env.unwrapped)
+    env.reset(seed=0)
+    frames = [env.render()]
+    for action in (Action.LONG, Action.HOLD, Action.CLOSE):
+        env.step(int(action))
+        frames.append(env.render())
+    for frame in frames:
+        assert isinstance(frame, np.ndarray)
+        assert (frame.shape, frame.dtype) == ((480, 640, 3), np.uint8)
+    assert len({frame.tobytes() for frame in frames if isinstance(frame, np.ndarray)}) == 4
+    env.close()
+    with pytest.raises(ConfigError, match="render_mode must be None or rgb_array, was 'human'"):
+        TradingEnvV3(render_mode="human")
+    with pytest.warns(UserWarning, match="draws nothing without render_mode"):
+        assert ordered(price_data=bars).render() is None
 
 
 def test_environment_is_registered() -> None:
