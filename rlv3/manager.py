@@ -23,6 +23,7 @@ from rlv3.market import DEFAULT_WORLD, Bars, simulate
 from rlv3.policy import Policy, build_artifact, save_artifact, training_quantiles
 from rlv3.splits import DEFAULT_EMBARGO, DEFAULT_SPLIT, Split, split_by_time
 from rlv3.trainer import PPOTrainer, Update
+from rlv3.vector import replicate
 
 DEFAULT_PATH = Path("runs/rl_v3/policy.safetensors")
 DEFAULT_EPISODES = 100
@@ -136,12 +137,12 @@ class RLv3Manager:
         split: Split | None,
         market: str | Sequence[str] | None,
         env_id: str | None,
-    ) -> gym.Env[Any, Any]:
-        """Return where to train, and note what the artifact will say about it."""
+    ) -> Sequence[gym.Env[Any, Any]]:
+        """Return `n_envs` environments to train in; note what the artifact will say of them."""
         self.split = split
         if env_id is not None:
             self._facts = UNTRAINED._replace(env=env_id, markets=(env_id,))
-            return make_padded(env_id)
+            return [make_padded(env_id) for _ in range(self.config.n_envs)]
         if split is not None:
             series = split.train
             end = max(int(bars.end_us[-1]) for bars in series)
@@ -153,7 +154,8 @@ class RLv3Manager:
             series = self._worlds(names)
             data_end = None
         self._fit(series, names, data_end)
-        return TradingEnvV3(self.config, series, normaliser=self._facts.normaliser)
+        env = TradingEnvV3(self.config, series, normaliser=self._facts.normaliser)
+        return replicate(env, self.config.n_envs)
 
     def _parts(self, price_data: PriceData, shares: Sequence[float], embargo: int) -> Split:
         series = as_bars(price_data, self.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -192,3 +193,9 @@ def test_global_random_state_is_left_alone() -> None:
     before = torch.random.get_rng_state().clone()
     RLv3Manager(FAST).train(steps=256)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("place", [{"env_id": "CartPole-v1"}, {"market": "momentum"}])
+def test_several_environments_share_out_the_buffer(place: dict[str, str]) -> None:
+    manager = RLv3Manager(replace(FAST, n_envs=4))
+    assert manager.train(steps=256, **place)["steps"] == 256
