@@ -103,6 +103,33 @@ def test_a_decision_does_not_depend_on_its_neighbours() -> None:
             assert np.array_equal(both[i : i + 1], one)
 
 
+def test_act_says_the_same_as_decide() -> None:
+    policy = Policy(artifact())
+    rng = np.random.default_rng(2)
+    obs = rng.normal(0.0, 2.0, (40, 64)).astype(np.float32)
+    masks = rng.random((40, 6)) < 0.5
+    masks[:, 4] = True
+    actions, probs, _ = policy.decide(obs, masks)
+    for i in range(40):
+        assert policy.act(obs[i], masks[i].tolist()) == (actions[i], probs[i, actions[i]])
+    assert policy.act(obs[0])[0] == policy.decide(obs[:1], [(True,) * 6])[0][0]
+
+
+def test_one_row_is_normalised_bit_for_bit_as_many() -> None:
+    rng = np.random.default_rng(3)
+    mean, scale = np.zeros(N_FEATURES), np.ones(N_FEATURES)
+    mean[:6], scale[:6] = rng.normal(size=6), rng.uniform(1e-4, 2.0, 6)
+    arguments = {"training": {}, "quantiles": {}, "mask_rule": "design", "step_seconds": 60}
+    policy = Policy(
+        build_artifact(tensors_of(*networks()), Normaliser(mean, scale), **arguments)  # type: ignore[arg-type]
+    )
+    raw = rng.normal(0.0, 3.0, (200, N_FEATURES))
+    missing = rng.integers(0, 1 << N_FEATURES, 200).tolist()
+    many = policy.normaliser.apply(raw, missing)
+    for i in range(200):
+        assert policy._observe(raw[i].tolist(), missing[i]).tobytes() == many[i].tobytes()
+
+
 def test_decide_takes_the_most_probable_valid_action() -> None:
     tensors = tensors_of(*networks())
     for key in tensors:

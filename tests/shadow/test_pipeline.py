@@ -297,7 +297,7 @@ def always(policy: Policy, action: Action) -> Policy:
     """Give a policy one preference whatever it sees; where that is masked, it holds."""
     policy._nets[0][-1][0][:] = 0.0
     policy._nets[0][-1][1][:] = 0.0
-    policy._nets[0][-1][1][action] = 1e3
+    policy._nets[0][-1][1][..., action] = 1e3
     return policy
 
 
