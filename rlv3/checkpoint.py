@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import _weights_only_unpickler as unpickler
 
 from rlv3.errors import PolicyError
@@ -21,7 +22,7 @@ from rlv3.policy import N_ACTIONS, build_artifact
 
 HIDDEN = 128
 _REFUSED = (
-    RuntimeError, EOFError, ValueError, KeyError,
+    RuntimeError, EOFError, ValueError, KeyError, SafetensorError,
     unpickler.UnpicklingError,  # type: ignore[attr-defined]  # pickle's own, not imported here
 )  # fmt: skip
 _SHAPES = {"0": (HIDDEN, OBS_DIM), "2": (HIDDEN, HIDDEN)}
