@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -271,15 +272,14 @@ def _choose(logits: NDArray[np.float32], mask: Sequence[bool]) -> tuple[int, lis
 
     Six numbers are quicker in Python; only the exponentials are numpy's, whose last bits differ.
     """
-    wide = logits.astype(np.float64)
-    row = wide[0].tolist()
+    row = logits[0].tolist()
     action = -1
     for i, valid in enumerate(mask):
         if valid and (action < 0 or row[i] > row[action]):
             action = i
-    wide -= row[action]
-    np.exp(wide, out=wide)
-    probs = [p if valid else 0.0 for p, valid in zip(wide[0].tolist(), mask, strict=True)]
+    top = row[action]
+    shifted = [x - top if valid else -math.inf for x, valid in zip(row, mask, strict=True)]
+    probs = np.exp(shifted).tolist()
     total = 0.0
     for p in probs:  # in numpy's order, which sum() of Python 3.12 has left
         total += p

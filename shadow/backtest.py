@@ -80,13 +80,14 @@ def backtest(
         latency_ms: delay from a decision to its fill; see the module for the default.
         bar_stamp: `open` or `close`: what a file's timestamps mean.
     Raises:
-        PolicyError: the artifact is missing or foreign.
+        PolicyError: the artifact is missing, foreign, or of another env.
         DataError: a file cannot be used, its bars have another length than the policy's steps, or
             the store is in use.
         SelfPlayError: the two sides of a self-play differ.
     """
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)
+    policy.check_serving(allow_untrained=True)
     bars = [_load(item, bar_stamp) for item in data]
     check_steps(bars, policy)
     settings = Settings(

@@ -491,7 +491,9 @@ def command(
         out: new directory for store, recording, logs and report; `out/demo-<time>` by default.
     """
     bars = [read_bars(path) for path in data or ()]
-    check_steps(bars, Policy.load(shipped_policy()))
+    policy = Policy.load(shipped_policy())
+    policy.check_serving()
+    check_steps(bars, policy)
     directory = out or Path("out") / f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
         directory.mkdir(parents=True)

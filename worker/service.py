@@ -24,7 +24,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlv3.errors import PolicyError
 from rlv3.policy import Policy
 from shadow.pipeline import Pipeline, Settings
 from shadow.records import Commit, Entry, decode_comparison
@@ -59,17 +58,14 @@ class _Stopped(Exception):
 
 
 def load_policy(config: WorkerConfig) -> Policy:
-    """Read the artifact and refuse one that was never trained.
+    """Read the artifact and refuse one that must not be served.
 
     Raises:
-        PolicyError: it cannot be used, or has no training steps and `allow_untrained` is off.
+        PolicyError: it cannot be used, was trained on another env, or has no training steps and
+            `allow_untrained` is off.
     """
     policy = Policy.load(config.policy)
-    if policy.trained_steps == 0 and not config.allow_untrained:
-        raise PolicyError(
-            f"{config.policy}: expected a trained policy, found 0 training steps in its "
-            "provenance; --allow-untrained serves it all the same"
-        )
+    policy.check_serving(allow_untrained=config.allow_untrained)
     return policy
 
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 
+from rlv3.env import ENV_ID
 from rlv3.errors import PolicyError
 from rlv3.events import ACTION_TABLE
 from rlv3.features import FEATURES, N_FEATURES, Normaliser
 from rlv3.networks import PolicyNetwork, ValueNetwork
 from rlv3.policy import (
     QUANTILE_LEVELS,
+    SERVED_ENV,
     Policy,
     build_artifact,
     save_artifact,
@@ -283,3 +285,39 @@ def test_the_shipped_policy_is_trained_and_small() -> None:
     assert training["data_end"] is None  # synthetic
     assert policy.metadata["mask_rule"] == "design"
     assert len(policy.metadata["quantiles"]["rsi"]) == len(QUANTILE_LEVELS)
+
+
+@pytest.mark.parametrize(
+    ("training", "allowed", "found"),
+    [
+        ({"steps": 1}, False, None),
+        ({"steps": 1, "env": None}, False, None),
+        ({"steps": 1, "env": "rlv3/Trading-v3"}, False, None),
+        ({"steps": 0}, True, None),
+        ({"steps": 0}, False, "expected a trained policy, found 0 training steps"),
+        ({"steps": 1, "env": "CartPole-v1"}, True, "expected a policy trained on rlv3/Trading-v3"),
+    ],
+)
+def test_only_a_trained_policy_of_the_trading_env_may_serve(
+    training: dict[str, Any], allowed: bool, found: str | None
+) -> None:
+    shapes = {"0": (128, 64), "2": (128, 128)}
+    tensors: dict[str, Any] = {}
+    for net, head in (("policy", 6), ("value", 1)):
+        for layer, shape in (shapes | {"4": (head, 128)}).items():
+            tensors[f"{net}.{layer}.weight"] = np.zeros(shape, np.float32)
+            tensors[f"{net}.{layer}.bias"] = np.zeros(shape[0], np.float32)
+    normaliser = Normaliser(np.zeros(N_FEATURES), np.ones(N_FEATURES))
+    source = build_artifact(
+        tensors, normaliser, training=training, quantiles={}, mask_rule="design", step_seconds=60
+    )
+    policy = Policy(source, "some.file")
+    if found is None:
+        policy.check_serving(allow_untrained=allowed)
+    else:
+        with pytest.raises(PolicyError, match=f"^some.file: {found}"):
+            policy.check_serving(allow_untrained=allowed)
+
+
+def test_the_name_of_the_served_env_is_the_env_that_exists() -> None:
+    assert SERVED_ENV == ENV_ID
