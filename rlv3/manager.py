@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import nn
 
 from rlv3.agent import PPOAgent
 from rlv3.config import RLv3Config
@@ -206,7 +205,7 @@ class RLv3Manager:
             "config": asdict(config),
         }
         return build_artifact(
-            {**_tensors("policy", self.agent.policy), **_tensors("value", self.agent.value)},
+            self.agent.tensors(),
             facts.normaliser,
             training=training,
             quantiles=facts.quantiles,
@@ -265,11 +264,3 @@ class RLv3Manager:
             See `Policy.predict`: action, action_name, confidence, value and more.
         """
         return self.policy.predict(obs_dict)
-
-
-def _tensors(name: str, network: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
-    """Return a network's tensors under the artifact's names (`policy.0.weight` …)."""
-    return {
-        key.replace("network", name, 1): tensor.detach().cpu().numpy().copy()
-        for key, tensor in network.state_dict().items()
-    }
