@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import redis
 
+from tests.chaos.policy import lively
 from worker.embedded import RedisServer, ServerBinary, find_servers
 
 SERVERS: dict[str, ServerBinary] = {}
@@ -61,6 +63,14 @@ def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
     """A plain client (bytes) of `redis_server`."""
     with redis.Redis.from_url(redis_server.url) as link:
         yield link
+
+
+@pytest.fixture(scope="session")
+def lively_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that trades all the time, so that there is much to get wrong."""
+    path = tmp_path_factory.mktemp("policy") / "lively.safetensors"
+    path.write_bytes(lively())
+    return path
 
 
 @pytest.fixture

@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import redis
 
-from rlv3.features import Normaliser
-from rlv3.policy import build_artifact
 from shadow.records import Entry
 from worker.embedded import RedisServer, leashed
 from worker.keys import Keys
@@ -150,31 +147,6 @@ def open_bus() -> Iterator[Callable[..., Bus]]:
     yield look
     for seen in opened:
         seen.link.close()
-
-
-@pytest.fixture(scope="session")
-def lively_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy with random weights that trades all the time, so that there is much to get wrong."""
-    rng = np.random.default_rng(5)
-    tensors = {}
-    for net, head in (("policy", 6), ("value", 1)):
-        for layer, fan_in, fan_out in (("0", 64, 128), ("2", 128, 128), ("4", 128, head)):
-            weight = rng.normal(0.0, np.sqrt(0.5 / fan_in), (fan_out, fan_in))
-            tensors[f"{net}.{layer}.weight"] = weight.astype(np.float32)
-            tensors[f"{net}.{layer}.bias"] = rng.normal(0.0, 0.5, fan_out).astype(np.float32)
-    scale = np.ones(18)
-    scale[[0, 1, 2, 3, 5]] = 1e-3  # returns are small: without this they would not move a logit
-    source = build_artifact(
-        tensors,
-        Normaliser(np.zeros(18), scale),
-        training={"steps": 1, "seed": 5},
-        quantiles={},
-        mask_rule="design",
-        step_seconds=60,
-    )
-    path = tmp_path_factory.mktemp("policy") / "lively.safetensors"
-    path.write_bytes(source)
-    return path
 
 
 @pytest.fixture

@@ -11,120 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from rlv3.market import simulate
-from rlv3.policy import Policy
-from shadow.history import entries
-from shadow.pipeline import Pipeline
 from shadow.records import (
     BarRow,
-    Commit,
     Comparison,
     Decision,
-    Entry,
     Output,
     decode_comparison,
     decode_decision,
     encode,
-    iso,
 )
-from shadow.rl_v2 import QTables
 from shadow.store import RECORDS, StoreReader
-from worker.config import load_config
+from tests.chaos.oracle import undisturbed
+from tests.chaos.workload import market
 from worker.embedded import RedisServer
-from worker.keys import INPUTS, Keys
-from worker.service import settings_of
 
 MINUTE_MS = 60_000
 TABLES = {record: table for table, record in RECORDS.items()}
 
 
-def market(bars: int, ticks_per_bar: int) -> list[Entry]:
-    """Ticks and signals of four symbols, all past, and a v2 decision about every signal."""
-    begin_ms = (int(time.time() * 1_000) // MINUTE_MS - bars - 1) * MINUTE_MS
-    series = [
-        simulate("regime_switching", bars, seed=i, symbol=symbol, start_us=begin_ms * 1_000)
-        for i, symbol in enumerate(("AAAUSDT", "BBBUSDT", "CCCUSDT", "DDDUSDT"))
-    ]
-    public = list(entries(series, stream=Keys().stream, ticks_per_bar=ticks_per_bar))
-    signals = [entry for entry in public if entry.event_type == "signal.generated"]
-    return sorted([*public, *v2_decisions(signals)], key=in_order)
-
-
-def in_order(entry: Entry) -> tuple[int, int, int]:
-    ms, _, n = entry.entry_id.partition("-")
-    return int(ms), int(n), INPUTS.index(entry.event_type)
-
-
-def v2_decisions(signals: Sequence[Entry]) -> list[Entry]:
-    """Return a decision three seconds after each signal, joinable by each rule in turn or by none.
-
-    The last kind is about a symbol that nobody else knows.
-    """
-    made = []
-    for i, signal in enumerate(signals):
-        judged = json.loads(signal.fields[b"payload"])
-        ts_us = signal.id_ms * 1_000
-        payload: dict[str, object] = {
-            "schema_version": 1,
-            "decision_id": f"v2-{i}",
-            "symbol": judged["symbol"],
-            "timestamp": iso(ts_us + 3_000_000),
-            "kind": "combined",
-            "strategy": "dual_momentum",
-            "model": "lstm",
-            "weight": (0.5, 1.0, 1.5)[i % 3],
-            "size_multiplier": 1.0,
-            "leverage": 5,
-            "signal_side": judged["side"],
-            "signal_confidence": 0.7,
-            "provenance": "q_table" if judged["symbol"] == "AAAUSDT" else "static_policy",
-        }
-        correlation = ""
-        match i % 6:
-            case 0:
-                payload |= {
-                    "source_stream": signal.stream, "source_entry_id": signal.entry_id,
-                }  # fmt: skip
-            case 1:
-                payload["trace_id"] = judged["trace_id"]
-            case 2:
-                correlation = signal.fields[b"correlation_id"].decode()
-            case 3:
-                payload["event_ts"] = iso(ts_us)
-            case 4:
-                payload["event_ts"] = iso(ts_us - 10_000_000)
-            case _:
-                payload["symbol"] = "NOBODYUSDT"
-        ms, _, n = signal.entry_id.partition("-")
-        fields = {
-            b"event_type": b"rl_v2.decision",
-            b"payload": json.dumps(payload).encode(),
-            b"trace_id": b"",
-            b"correlation_id": correlation.encode(),
-            b"timestamp": b"",
-            b"source": b"rl_v2",
-        }
-        stream = Keys().stream("rl_v2.decision")
-        made.append(Entry(stream, "rl_v2.decision", f"{int(ms) + 3_000}-{n}", fields))
-    return made
-
-
 # -- what should have come out --------------------------------------------------------------------
-
-
-def undisturbed(history: Sequence[Entry], policy: Path) -> tuple[list[Output], dict[str, int]]:
-    """Fold the history in this process, once, from 0-0 to an orderly stop."""
-    config = load_config({"max_event_age": "off"}, {})
-    pipeline = Pipeline(Policy.load(policy), QTables.load(None), settings_of(config), config.inputs)
-    start = pipeline.begin({Keys().stream(name): "0-0" for name in config.inputs})
-    outputs = list(start.outputs)
-    waiting = list(history)
-    while waiting:
-        commit: Commit = pipeline.run(waiting[:64], now_ms=0.0)
-        outputs += commit.outputs
-        del waiting[: commit.taken]
-    outputs += pipeline.stop().outputs
-    return outputs, {f"{name}:{what}": n for (name, what), n in pipeline.counts.items()}
 
 
 def rows_of(outputs: Sequence[Output]) -> dict[str, dict[str, dict[str, Any]]]:

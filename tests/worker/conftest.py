@@ -2,77 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 
 from rlv3.features import Normaliser
 from rlv3.policy import build_artifact
+from tests.chaos.proxy import Proxy
 from worker.embedded import RedisServer
-
-
-class Proxy:
-    """Passes bytes between clients and a server, in threads.
-
-    Attributes:
-        url: where clients connect.
-        lose_replies: this many of the server's next answers are swallowed and the connection cut.
-        down: refuse everybody; `cut` ends those who are connected.
-    """
-
-    def __init__(self, target_url: str) -> None:
-        parts = urlsplit(target_url)
-        self._target = (str(parts.hostname), int(parts.port or 0))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._open: set[socket.socket] = set()
-        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
-        self.lose_replies = 0
-        self.down = False
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self) -> None:
-        """Close every connection now."""
-        for link in list(self._open):
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Stop listening and cut everybody."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.cut()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                if self.down:
-                    client.close()
-                    continue
-                server = socket.create_connection(self._target)
-                self._open |= {client, server}
-                for pair in ((client, server, False), (server, client, True)):
-                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, replies: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                if replies and self.lose_replies:
-                    self.lose_replies -= 1
-                    break
-                sink.sendall(data)
-        for link in (source, sink):
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-        self._open.discard(source)
-        source.close()
 
 
 @pytest.fixture
