@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from rlv3 import audit, console, fetch, walkforward
+from rlv3 import audit, console, fetch, tune, walkforward
 from rlv3.config import RLv3Config
 from rlv3.errors import ConfigError, DataError, PolicyError
 from rlv3.extras import require
@@ -395,6 +395,7 @@ def import_checkpoint(
 
 app.command("audit-reward")(audit.command)
 app.command("fetch")(fetch.command)
+app.command("tune")(tune.command)
 app.command("walkforward")(walkforward.command)
 
 

@@ -101,14 +101,14 @@ def equity(path: Path, lines: Mapping[str, Sequence[Curve]]) -> None:
 
 
 def importances(path: Path, shares: Mapping[str, float]) -> None:
-    """Draw how much of the score each hyperparameter explains."""
+    """Draw how much each hyperparameter matters for the score."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(7, 1.5 + 0.35 * len(shares)), layout="constrained")
         ax = figure.subplots()
         names = list(shares)[::-1]
         bars = ax.barh(names, [shares[name] for name in names], color="C0")
         ax.bar_label(bars, fmt="%.2f", padding=3)
-        ax.set_xlabel("share of the score's variance that it explains (fANOVA)")
+        ax.set_xlabel("importance for the validation score (PED-ANOVA, they add up to 1)")
         _save(figure, path)
 
 
