@@ -21,6 +21,7 @@ from rlv3.market import read_bars
 from rlv3.policy import Policy
 from rlv3.runs import COLUMNS, Run, config_toml, progress, read_metrics
 from rlv3.splits import split_by_time
+from rlv3.trainer import Update
 from tests.rlv3.test_cli import call, refused, write_bars
 
 FAST = RLv3Config(buffer_size=256, n_epochs=2, max_steps_per_episode=100, hidden_dim=32, seed=2)
@@ -91,8 +92,11 @@ def test_the_best_policy_is_the_first_of_the_best(tmp_path: Path, monkeypatch: A
     manager = RLv3Manager(FAST)
     run = Run(tmp_path, manager, total=1_024, every=256, inputs={}, env_id="CartPole-v1")
     with run:
-        metrics = manager.train(steps=1_024, env_id="CartPole-v1", on_update=run.update)
-        run.finish(metrics)
+
+        def record(done: int, update: Update) -> None:
+            run.update(done, update)
+
+        run.finish(manager.train(steps=1_024, env_id="CartPole-v1", on_update=record))
     assert Policy.load(tmp_path / "best.safetensors").trained_steps == 512
     assert run.best is not None
     assert run.best["steps"] == 512
