@@ -20,12 +20,12 @@ from rlv3.config import RLv3Config
 from rlv3.errors import ConfigError, DataError, PolicyError
 from rlv3.extras import require
 from rlv3.features import US
+from rlv3.market import DEFAULT_WORLD, WORLDS, Bars, coverage, read_bars
 from rlv3.policy import Policy, save_artifact, shipped_policy
 from rlv3.splits import check_unseen, first_decision_us, parse_split, window
 
 if TYPE_CHECKING:
     from rlv3.evaluation import Evaluation
-    from rlv3.market import Bars
 
 ARTIFACT = "policy.safetensors"
 DEFAULT_OUT = Path("runs/rl_v3")
@@ -53,7 +53,7 @@ PolicyOption = Annotated[
 ]
 MarketOption = Annotated[
     str | None,
-    typer.Option(help="Synthetic world: random_walk, momentum, mean_reversion, regime_switching."),
+    typer.Option(help=f"Synthetic world: {', '.join(WORLDS)}."),
 ]
 EnvOption = Annotated[
     str | None, typer.Option(help="Gymnasium environment, for example CartPole-v1.")
@@ -238,7 +238,6 @@ def evaluate(
     loaded = {str(path): Policy.load(path) for path in _artifacts(policy or [SHIPPED])}
     _need_training()
     from rlv3.evaluation import evaluate_bars, evaluate_env, evaluate_market
-    from rlv3.market import DEFAULT_WORLD
     from rlv3.metrics import interquartile_interval, interquartile_mean
     from rlv3.present import comparison_table, evaluation_table, provenance
 
@@ -344,7 +343,6 @@ def sandbox(
     _need_training()
     from rlv3.evaluation import evaluate_market
     from rlv3.manager import RLv3Manager
-    from rlv3.market import DEFAULT_WORLD
     from rlv3.present import evaluation_table
     from rlv3.runs import progress
 
@@ -438,9 +436,13 @@ def _need_training() -> None:
 
 
 def _read(paths: list[Path], bar_stamp: str) -> list[Bars]:
-    from rlv3.market import read_bars
-
-    return [read_bars(path, bar_stamp=bar_stamp) for path in paths]
+    """Read files and say on stderr what they cover and lack."""
+    series = []
+    for path in paths:
+        bars = read_bars(path, bar_stamp=bar_stamp)
+        console.err.print(f"{path}: {coverage(bars).sentence()}", soft_wrap=True, highlight=False)
+        series.append(bars)
+    return series
 
 
 def _observation(source: str) -> dict[str, Any]:

@@ -16,10 +16,11 @@ import torch
 from rlv3.agent import PPOAgent
 from rlv3.config import RLv3Config
 from rlv3.env import ENV_ID, PriceData, TradingEnvV3, as_bars, make_padded
-from rlv3.errors import ConfigError
+from rlv3.errors import ConfigError, DataError
 from rlv3.features import US, WARM_BARS, Normaliser, feature_matrix
 from rlv3.market import DEFAULT_WORLD, Bars, simulate
 from rlv3.policy import Policy, build_artifact, save_artifact, training_quantiles
+from rlv3.snapshot import Snapshot, save_checkpoint
 from rlv3.splits import DEFAULT_EMBARGO, DEFAULT_SPLIT, Split, split_by_time
 from rlv3.trainer import PPOTrainer, Update
 from rlv3.vector import replicate
@@ -107,8 +108,41 @@ class RLv3Manager:
             parts = None if price_data is None else self._parts(price_data, shares, embargo)
             env = self._environment(parts, market, env_id)
             trainer = self._trainer = PPOTrainer(self.agent, env, stream=self.steps)
+        return self._run(
+            trainer, on_update, steps=steps, episodes=None if steps is not None else num_episodes
+        )
+
+    def finish(self, on_update: Callable[[int, Update], None] | None = None) -> dict[str, float]:
+        """Finish the call of `train` that a resumed checkpoint was written in.
+
+        Args:
+            on_update: called after every update with the steps of that call so far.
+        Raises:
+            ConfigError: nothing was resumed, or nothing is left to do.
+        """
+        trainer = self._trainer
+        if trainer is None or trainer.goal is None:
+            raise ConfigError("expected a resumed checkpoint to finish, found none")
+        if trainer.progress() >= 1.0:
+            raise ConfigError(
+                f"expected a run that was interrupted, found one that reached its goal after "
+                f"{trainer.steps:,} steps: say how many more to train"
+            )
+        return self._run(trainer, on_update)
+
+    def _run(
+        self,
+        trainer: PPOTrainer,
+        on_update: Callable[[int, Update], None] | None,
+        *,
+        steps: int | None = None,
+        episodes: int | None = None,
+    ) -> dict[str, float]:
+        """Train towards a new goal, or the one that the trainer has."""
         steps_before, episodes_before = trainer.steps, len(trainer.episode_returns)
         known = self.steps
+        if steps is None and episodes is None and trainer.goal is not None:
+            known -= trainer.steps - trainer.goal.from_steps
 
         def count(done: int, update: Update) -> None:
             self._policy = None
@@ -116,9 +150,7 @@ class RLv3Manager:
             if on_update is not None:
                 on_update(done, update)
 
-        updates = trainer.train(
-            steps=steps, episodes=None if steps is not None else num_episodes, on_update=count
-        )
+        updates = trainer.train(steps=steps, episodes=episodes, on_update=count)
         returns = trainer.episode_returns[episodes_before:] or [trainer.running_return]
         return {
             "avg_reward": float(np.mean(returns)),
@@ -144,6 +176,7 @@ class RLv3Manager:
             return [make_padded(env_id) for _ in range(self.config.n_envs)]
         if split is not None:
             series = split.train
+            self._check_length(series)
             end = max(int(bars.end_us[-1]) for bars in series)
             data_end = datetime.fromtimestamp(end / US, UTC).isoformat()
             names = tuple(bars.symbol for bars in series)
@@ -161,6 +194,17 @@ class RLv3Manager:
         if len(shares) == 1:
             return Split(series, [], [])
         return split_by_time(series, shares, embargo=embargo)
+
+    def _check_length(self, series: Sequence[Bars]) -> None:
+        """Refuse a training part that is shorter than one episode and its warm-up."""
+        least = WARM_BARS + self.config.max_steps_per_episode + 1
+        for bars in series:
+            if len(bars.close) < least:
+                raise DataError(
+                    f"{bars.symbol}: expected at least {least:,} bars to train on, an episode of "
+                    f"max_steps_per_episode = {self.config.max_steps_per_episode:,} and its "
+                    f"warm-up, found {len(bars.close):,}"
+                )
 
     def _worlds(self, names: Sequence[str]) -> list[Bars]:
         """Return the synthetic training series: several per world, seeded by the configuration."""
@@ -256,6 +300,62 @@ class RLv3Manager:
         self.steps = policy.trained_steps
         self._trainer = None
         self._policy = policy
+
+    def save_checkpoint(self, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
+        """Write all that training depends on, so that `resume` goes on as if nothing happened.
+
+        Args:
+            about: plain values of the caller's to keep with it.
+        Raises:
+            ConfigError: nothing was trained yet, or prices are live.
+        """
+        if self._trainer is None:
+            raise ConfigError("expected a call of train before a checkpoint, found none")
+        facts = self._facts
+        known = facts._asdict() | {
+            "normaliser": [facts.normaliser.mean.tolist(), facts.normaliser.scale.tolist()]
+        }
+        save_checkpoint(
+            self._trainer, path, {"steps": self.steps, "facts": known, "caller": dict(about or {})}
+        )
+
+    def resume(
+        self,
+        snapshot: Snapshot,
+        *,
+        price_data: PriceData | None = None,
+        market: str | Sequence[str] | None = None,
+        env_id: str | None = None,
+        shares: Sequence[float] = DEFAULT_SPLIT,
+        embargo: int = DEFAULT_EMBARGO,
+    ) -> int:
+        """Take over a checkpoint where its run was; `finish` or `train` go on from there.
+
+        The places are those that the run was started with.
+
+        Returns:
+            Steps taken so far by the interrupted call of `train`.
+        Raises:
+            PolicyError: the checkpoint is damaged or does not fit.
+            DataError: other prices than the run was started with.
+        """
+        self.config = snapshot.config
+        self.agent = PPOAgent(self.config)
+        about = snapshot.about
+        facts = about["facts"]
+        mean, scale = (np.array(column) for column in facts["normaliser"])
+        self._facts, self._fitted = UNTRAINED._replace(normaliser=Normaliser(mean, scale)), True
+        parts = None if price_data is None else self._parts(price_data, shares, embargo)
+        env = self._environment(parts, market, env_id)
+        if self._facts.data_sha256 != facts["data_sha256"]:
+            raise DataError(
+                f"{snapshot.origin}: expected training data with sha256 {facts['data_sha256']}, "
+                f"found {self._facts.data_sha256}"
+            )
+        trainer = PPOTrainer(self.agent, env)
+        snapshot.restore(trainer)
+        self._trainer, self._policy, self.steps = trainer, None, about["steps"]
+        return 0 if trainer.goal is None else trainer.steps - trainer.goal.from_steps
 
     def predict(self, obs_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Decide for one observation dictionary, through the network that is served.
