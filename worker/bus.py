@@ -66,7 +66,8 @@ class BusError(Exception):
 
 
 class StateLost(Exception):
-    """Our meta hash vanished while we ran (eviction, FLUSHALL): start again from what is there."""
+    """Our meta hash vanished while we ran (eviction, FLUSHALL), or is an older one (a promoted
+    replica, a power cut): start again from what is there."""
 
 
 class Batch(NamedTuple):
@@ -467,7 +468,7 @@ class Bus:
             "OK", or "DUP" when an earlier call had been applied and only its reply was lost.
         Raises:
             Fenced: another worker owns the state.
-            StateLost: our meta hash is gone.
+            StateLost: our meta hash is gone, or an older one.
         """
         cursors = self.cursors | commit.cursors
         stored = _dump_cursors(cursors, self.seq + 1)
@@ -480,6 +481,11 @@ class Bus:
         )
         self._check_owner(status, details)
         if status == b"CONFLICT":
+            if json.loads(details[0])["seq"] < self.seq:
+                raise StateLost(
+                    f"{self._sink.url} forgot commits that it had applied: expected number "
+                    f"{self.seq}, found {details[0].decode()}"
+                )
             raise Fenced(
                 f"another worker wrote in our epoch {self.epoch} in {self._sink.url}: expected "
                 f"cursors {self._stored}, found {details[0].decode()}"
@@ -538,7 +544,7 @@ class Bus:
 
         Raises:
             Fenced: another worker owns the state.
-            StateLost: our meta hash is gone.
+            StateLost: our meta hash is gone, or an older one.
         """
         keys = [self.keys.meta, self.keys.collected]
         args: list[Any] = [self.epoch, TRIM_LIMIT]
@@ -555,6 +561,11 @@ class Bus:
             raise Fenced(
                 f"another worker took over: expected to own epoch {self.epoch} in "
                 f"{self._sink.url}, found epoch {epoch} owned by {owner or 'nobody'}"
+            )
+        if status == b"BACK":
+            raise StateLost(
+                f"{self._sink.url} went back to an earlier state: expected to own epoch "
+                f"{self.epoch}, found epoch {details[0].decode()}"
             )
         if status == b"LOST":
             raise StateLost(f"{self.keys.meta} is gone from {self._sink.url}")

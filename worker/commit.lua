@@ -10,11 +10,14 @@
 --       n symbols, n times (key, symbol, m cells, m times (cell, bytes)),
 --       n fields of meta, n times (field, value)
 -- Reply {'OK'}, {'DUP'} this very commit was applied before, {'FENCED', owner, epoch},
---       {'LOST'} meta is gone, {'CONFLICT', cursors found}
+--       {'LOST'} meta is gone, {'BACK', epoch} meta is of an earlier owner, {'CONFLICT', cursors found}
 
 local held = redis.call('HMGET', KEYS[1], 'epoch', 'cursors', 'owner')
 if not held[1] or not held[2] then
   return {'LOST'}
+end
+if tonumber(held[1]) < tonumber(ARGV[1]) then
+  return {'BACK', held[1]} -- Redis lost what it had: a promoted replica, a power cut
 end
 if held[1] ~= ARGV[1] then
   return {'FENCED', held[3] or '', held[1]}

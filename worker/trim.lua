@@ -4,11 +4,14 @@
 --
 -- KEYS  meta, collected, then our streams
 -- ARGV  epoch, limit, then per stream (name for the counter, newest entries to keep, hard cap)
--- Reply {'OK', uncollected entries dropped}, {'FENCED', owner, epoch} or {'LOST'}
+-- Reply {'OK', uncollected entries dropped}, {'FENCED', owner, epoch}, {'BACK', epoch} or {'LOST'}
 
 local held = redis.call('HMGET', KEYS[1], 'epoch', 'owner')
 if not held[1] then
   return {'LOST'}
+end
+if tonumber(held[1]) < tonumber(ARGV[1]) then
+  return {'BACK', held[1]} -- Redis lost what it had: a promoted replica, a power cut
 end
 if held[1] ~= ARGV[1] then
   return {'FENCED', held[2] or '', held[1]}

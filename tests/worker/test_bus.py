@@ -20,6 +20,7 @@ from worker.bus import Bus, BusError, Start, StateLost, release, shown
 from worker.embedded import RedisServer
 from worker.errors import CheckFailed, Fenced, RedisUnavailable
 from worker.keys import Keys
+from worker.losses import Loss
 
 KEYS = Keys("t")
 INPUTS = ("market.tick", "signal.generated", "rl_v2.decision")
@@ -218,6 +219,29 @@ def test_meta_lost_while_running_is_noticed_by_commit_and_trim(redis_server, cli
     asyncio.run(play())
 
 
+def test_a_redis_that_went_back_is_started_from_again_and_fences_nobody(
+    redis_server, client
+) -> None:
+    async def play() -> None:
+        async with opened(redis_server.url) as bus:
+            await acquire(bus)
+            await acquire(bus)
+            earlier = client.hgetall(KEYS.meta)
+            await bus.commit(a_commit("a"))
+            client.hset(KEYS.meta, mapping=earlier)  # as a promoted replica has it
+            with pytest.raises(StateLost, match="forgot commits that it had applied"):
+                await bus.commit(a_commit("b", "6-0"))
+            client.hset(KEYS.meta, "epoch", 1)
+            for attempt in (lambda: bus.commit(a_commit("b", "6-0")), bus.trim):
+                with pytest.raises(StateLost, match="expected to own epoch 2, found epoch 1"):
+                    await attempt()
+            assert (await acquire(bus)).epoch == 2
+            assert await bus.commit(a_commit("a")) == "OK"
+
+    asyncio.run(play())
+    assert client.xlen(KEYS.decisions) == 2
+
+
 @pytest.mark.parametrize("start", ["new", "oldest"])
 def test_entries_trimmed_before_we_read_them_are_counted(
     redis_server, client, start, monkeypatch
@@ -230,7 +254,7 @@ def test_entries_trimmed_before_we_read_them_are_counted(
         read = 0
         async with opened(redis_server.url) as bus:
 
-            async def follow() -> dict[str, int | None]:
+            async def follow() -> dict[str, Loss]:
                 nonlocal read
                 batch = await bus.read(100)
                 if batch.entries:
@@ -244,19 +268,47 @@ def test_entries_trimmed_before_we_read_them_are_counted(
                     client.xadd(TICKS, BODY, id=f"{n}-0")
                 client.xtrim(TICKS, maxlen=kept, approximate=False)
 
-            await acquire(bus, start)
+            await acquire(bus, start, "resume-oldest")
             assert await follow() == {}
             assert read == (5 if start == "oldest" else 0)
             exact = bus.servers[0].tier == "7"
             add(100, 150, kept=8)
-            assert await follow() == {"market.tick": 42 if exact else None}
+            after = "19-0"
+            hole = Loss(42 if exact else None, after, f"141-{2**64 - 1}")
+            assert await follow() == {"market.tick": hole}
             assert await follow() == {}
             assert bus.lost_total() == ({"market.tick": 42} if exact else {})
-            await acquire(bus)  # a restart goes on counting
+            await acquire(bus, on_gap="resume-oldest")  # a restart goes on counting
             add(200, 210, kept=0)
-            assert await follow() == {"market.tick": 10 if exact else None}
-            await bus.commit(a_commit("b", "149-0", counts={}))
+            hole = Loss(10 if exact else None, "149-0", "209-0")
+            assert await follow() == {"market.tick": hole}
+            await bus.commit(a_commit("b", cursors={}, counts={}))
+            assert await follow() == {}
+            assert bus.cursors[TICKS] == "209-0"
             assert client.hget(KEYS.meta, "lost:market.tick") == (b"52" if exact else None)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_hole_is_skipped_to_the_end_or_refused_when_told(redis_server, client, kept) -> None:
+    async def play() -> None:
+        async with opened(redis_server.url) as bus:
+            await acquire(bus)
+            await bus.commit(a_commit("a", "5-0"))
+            for n in range(10, 30):
+                client.xadd(TICKS, BODY, id=f"{n}-0")
+                client.xadd(SIGNALS, BODY, id=f"{n}-0")
+            client.xtrim(TICKS, maxlen=kept, approximate=False)
+            await acquire(bus, on_gap="fail")
+            with pytest.raises(CheckFailed, match="entries were trimmed before they were read"):
+                await bus.read(100)
+            await acquire(bus, on_gap="resume-latest")
+            batch = await bus.read(100)
+            exact = bus.servers[0].tier == "7"
+            assert batch.lost == {"market.tick": Loss(20 if exact else None, "5-0", "29-0")}
+            assert {entry.event_type for entry in batch.entries} == {"signal.generated"}
+            assert (await bus.read(100)).lost == {}
 
     asyncio.run(play())
 
