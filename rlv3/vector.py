@@ -29,7 +29,10 @@ def replicate(env: TradingEnvV3, n: int) -> list[TradingEnvV3]:
     """Return an environment and n - 1 more that share its prices and features, not its account."""
     if n > 1 and any(isinstance(track, LiveTrack) for track in env._tracks):
         raise ConfigError(f"a live feed has one reader: n_envs must be 1, was {n}")
-    return [env, *(copy.copy(env) for _ in range(n - 1))]
+    twins = [copy.copy(env) for _ in range(n - 1)]
+    for twin in twins:
+        twin._np_random = None  # each has a random stream of its own
+    return [env, *twins]
 
 
 class VectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray[Any]]):
