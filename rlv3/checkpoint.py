@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -40,7 +41,9 @@ def import_checkpoint(path: str | Path, *, steps: int = 0) -> bytes:
         PolicyError: the file is missing, no such checkpoint, or has other shapes.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with catch_warnings():
+            simplefilter("ignore")  # what torch says of a strange file is said below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise PolicyError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     except _REFUSED as error:

@@ -154,15 +154,13 @@ def train(
         out or resume or DEFAULT_OUT, manager, total=total, every=validate_every, inputs=inputs,
         market=market, env_id=env, resumed=resume is not None,
     )  # fmt: skip
+    manager.prepare(  # before an earlier run is replaced
+        price_data=series or None, market=market, env_id=env, shares=shares, embargo=embargo
+    )
     with run, progress(total) as show:
         metrics = manager.train(
             episodes,
             steps=steps,
-            price_data=series or None,
-            market=market,
-            env_id=env,
-            shares=shares,
-            embargo=embargo,
             on_update=lambda done, update: show(done, update, run.update(done, update)),
         )
         run.finish(metrics)

@@ -99,18 +99,36 @@ class RLv3Manager:
             ConfigError: two places to train at, or an unknown world or environment.
             DataError: prices that cannot be used.
         """
-        if sum(place is not None for place in (price_data, market, env_id)) > 1:
-            raise ConfigError("expected one of price_data, market and env_id, found several")
         if steps is None and num_episodes is None:
             num_episodes = DEFAULT_EPISODES
         trainer = self._trainer
         if trainer is None or not (price_data is None and market is None and env_id is None):
-            parts = None if price_data is None else self._parts(price_data, shares, embargo)
-            env = self._environment(parts, market, env_id)
-            trainer = self._trainer = PPOTrainer(self.agent, env, stream=self.steps)
+            trainer = self.prepare(
+                price_data=price_data, market=market, env_id=env_id, shares=shares, embargo=embargo
+            )
         return self._run(
             trainer, on_update, steps=steps, episodes=None if steps is not None else num_episodes
         )
+
+    def prepare(
+        self,
+        *,
+        price_data: PriceData | None = None,
+        market: str | Sequence[str] | None = None,
+        env_id: str | None = None,
+        shares: Sequence[float] = DEFAULT_SPLIT,
+        embargo: int = DEFAULT_EMBARGO,
+    ) -> PPOTrainer:
+        """Make ready what `train` trains with, so that it can be refused before anything else.
+
+        Args and errors are those of `train`, which then needs no place.
+        """
+        if sum(place is not None for place in (price_data, market, env_id)) > 1:
+            raise ConfigError("expected one of price_data, market and env_id, found several")
+        parts = None if price_data is None else self._parts(price_data, shares, embargo)
+        env = self._environment(parts, market, env_id)
+        self._trainer = PPOTrainer(self.agent, env, stream=self.steps)
+        return self._trainer
 
     def finish(self, on_update: Callable[[int, Update], None] | None = None) -> dict[str, float]:
         """Finish the call of `train` that a resumed checkpoint was written in.
@@ -121,13 +139,8 @@ class RLv3Manager:
             ConfigError: nothing was resumed, or nothing is left to do.
         """
         trainer = self._trainer
-        if trainer is None or trainer.goal is None:
-            raise ConfigError("expected a resumed checkpoint to finish, found none")
-        if trainer.progress() >= 1.0:
-            raise ConfigError(
-                f"expected a run that was interrupted, found one that reached its goal after "
-                f"{trainer.steps:,} steps: say how many more to train"
-            )
+        if trainer is None or self.reached:
+            raise ConfigError("expected an interrupted run to finish, found none")
         return self._run(trainer, on_update)
 
     def _run(
@@ -229,6 +242,12 @@ class RLv3Manager:
         self._facts = _Facts(
             fitted, training_quantiles(raw, missing), ENV_ID, names, digest, data_end
         )
+
+    @property
+    def reached(self) -> bool:
+        """Whether the last call of `train` has reached its goal."""
+        trainer = self._trainer
+        return trainer is None or trainer.goal is None or trainer.progress() >= 1.0
 
     @property
     def episode_returns(self) -> list[float]:
