@@ -20,6 +20,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 def _mlp(sizes: tuple[int, ...], head_gain: float, seed: int, activation: str) -> nn.Sequential:
     """Return linear layers with activations between them, orthogonal weights and zero biases."""
     generator = torch.Generator().manual_seed(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the factorisation behind orthogonal weights rounds by thread count
     layers: list[nn.Module] = []
     last = len(sizes) - 2
     for i in range(last + 1):
@@ -28,6 +30,7 @@ def _mlp(sizes: tuple[int, ...], head_gain: float, seed: int, activation: str) -
         nn.init.orthogonal_(linear.weight, gain=gain, generator=generator)
         nn.init.zeros_(linear.bias)
         layers += [linear, ACTIVATIONS[activation]()]
+    torch.set_num_threads(threads)
     return nn.Sequential(*layers[:-1])
 
 

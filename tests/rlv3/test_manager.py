@@ -118,6 +118,18 @@ def test_same_seed_same_artifact() -> None:
     assert build(1) != build(2)
 
 
+def test_one_or_two_threads_give_the_same_artifact() -> None:
+    def build(threads: int) -> bytes:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        manager = RLv3Manager(replace(FAST, hidden_dim=128))
+        manager.train(steps=256, env_id="CartPole-v1")
+        torch.set_num_threads(before)
+        return manager.artifact()
+
+    assert build(1) == build(2)
+
+
 def _values(config: RLv3Config) -> dict[str, object]:
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
