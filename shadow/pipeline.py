@@ -158,6 +158,12 @@ class Pipeline:
         self.symbols: dict[str, SymbolState] = {}
         self.decisions = 0
         self.pairs = 0
+        self.lost: dict[str, int | None] = {}
+        """Event type -> entries lost since the first start; None where some are not counted."""
+        self.marks = (0, 0, 0)
+        """How often entries were lost, prices were lost, and runs were ended. A symbol that comes
+        up again applies what happened meanwhile, so that none of it writes all states at once."""
+        self._newest = (0, 0, 0)  # (ms, seq, rank) of the newest entry folded in its order
         self._ledger_minute = -1
         self._own_dirty = False
         self._streams: dict[str, str] = {}  # logical name -> full key, as read
@@ -196,12 +202,8 @@ class Pipeline:
             *sorted(cursors.items()),
         )[:16]
         if swapped:
-            for state in self.symbols.values():
-                state.v3.target = 0.0
-                state.v3.order = Order(0, None, 0.0)
-                state.v2_bus = False
-                state.standing_id = None
-                self._touch(state).arms_dirty = True
+            gaps, price_gaps, swaps = self.marks
+            self.marks = gaps, price_gaps, swaps + 1
         self._own_dirty = True
         self._emit(self._run_row(max((_id_us(c) for c in cursors.values()), default=0)))
         return self._finish({}, 0)
@@ -246,9 +248,12 @@ class Pipeline:
         damaged = []
         own = cells.get("", {}).get("own")
         if own is not None:
-            self.run_id, self._ledger_minute, self.decisions, self.pairs, self._streams = unpack(
-                own
-            )
+            (
+                self.run_id, self._ledger_minute, self.decisions, self.pairs, self._streams, *later
+            ) = unpack(own)  # fmt: skip
+            if later:  # absent in states of before losses were folded
+                self.lost, marks, newest = later
+                self.marks, self._newest = tuple(marks), tuple(newest)
         for symbol, stored in cells.items():
             if not symbol:
                 continue
@@ -302,14 +307,43 @@ class Pipeline:
         self._ledger("stop", self._ledger_minute, ())
         return self._finish({}, 0)
 
-    def run(self, entries: Sequence[Entry], *, now_ms: float, conflate: bool = False) -> Commit:
+    def lose(
+        self, event_type: str, entries: int | None, *, stream: str, after: str, upto: str
+    ) -> None:
+        """Take a hole in a stream into the next commit, before its entries.
+
+        Positions stay; every symbol's next bar carries `gap`, and where prices are missing, its
+        indicators begin anew.
+
+        Args:
+            entries: how many are missing, None where that is not known.
+            stream: full key.
+            after: id of the last entry before the hole.
+            upto: id from which reading goes on.
+        """
+        known = self.lost.get(event_type, 0)
+        self.lost[event_type] = None if entries is None or known is None else known + entries
+        gaps, price_gaps, swaps = self.marks
+        self.marks = gaps + 1, price_gaps + (event_type == "market.tick"), swaps
+        self._own_dirty = True
+        self._ledger("lost", self._ledger_minute, (f"{stream}|{after}", f"{stream}|{upto}"))
+
+    def run(
+        self, entries: Sequence[Entry], *, now_ms: float, conflate: bool = False, ahead: int = 0
+    ) -> Commit:
         """Fold a prefix of the entries, at most one commit's worth.
+
+        Where the entries do not follow the order of what was folded before, because ids lie in the
+        future or came late, the commit's ledger row says in which order they were folded.
 
         Args:
             entries: raw entries in the defined order.
             now_ms: wall clock, used for `latency_ms` only.
             conflate: decide only the newest advisory tick per symbol; the others are counted.
+            ahead: the last so many have ids in the future; no commit mixes them with others.
         """
+        due = len(entries) - ahead
+        disordered = due <= 0 or self._place(entries[0]) < self._newest
         self._now_ms = now_ms
         self._conflating = conflate
         cursors: dict[str, str] = {}
@@ -318,12 +352,24 @@ class Pipeline:
         for entry in entries:
             if taken >= settings.max_events or self._bytes >= settings.max_bytes:
                 break
+            if taken == due > 0:
+                break
             self._streams.setdefault(entry.event_type, entry.stream)
             self._fold(entry, conflate)
             cursors[entry.stream] = entry.entry_id
             taken += 1
         self._flush(conflate)
+        if taken and disordered:
+            ids = tuple(f"{entry.stream}|{entry.entry_id}" for entry in entries[:taken])
+            self._ledger("order", self._ledger_minute, ids)
+        if taken and due > 0:
+            self._newest = max(self._newest, self._place(entries[taken - 1]))
         return self._finish(cursors, taken)
+
+    def _place(self, entry: Entry) -> tuple[int, int, int]:
+        """Return what entries are ordered by: id, then the rank of the stream."""
+        ms, _, seq = entry.entry_id.partition("-")
+        return int(ms), int(seq), self.inputs.index(entry.event_type)
 
     # -- one entry -------------------------------------------------------------------------------
 
@@ -894,6 +940,9 @@ class Pipeline:
         counts: dict[str, dict[str, int]] = {}
         for (event_type, outcome), n in sorted(self.counts.items()):
             counts.setdefault(event_type, {})[outcome] = n
+        for event_type, lost in self.lost.items():
+            if lost is not None:
+                counts.setdefault(event_type, {})["lost"] = lost
         self._emit(
             LedgerRow(
                 record_id=record_id(
@@ -926,9 +975,11 @@ class Pipeline:
     def _new_symbol(self, symbol: str) -> SymbolState:
         settings = self.settings
         reference = None if self.tables is None else V2Reference(self.tables)
-        return SymbolState(
+        state = SymbolState(
             symbol, self.policy.step_seconds, settings.initial_balance, settings.costs, reference
         )
+        state.marks = self.marks
+        return state
 
     def _symbol(self, symbol: str) -> SymbolState:
         state = self.symbols.get(symbol)
@@ -936,7 +987,27 @@ class Pipeline:
             state = self.symbols[symbol] = self._new_symbol(symbol)
             state.mark_all_dirty()
             self._touched[symbol] = state
+        elif state.marks != self.marks:
+            self._catch_up(state)
         return state
+
+    def _catch_up(self, state: SymbolState) -> None:
+        """Apply to a symbol what happened to the pipeline since its last event."""
+        for mark, (then, now) in enumerate(zip(state.marks, self.marks, strict=True)):
+            if then == now:
+                continue
+            if mark == 0:
+                state.gap = True
+            elif mark == 1:
+                state.forget_market()
+            else:  # positions that the former policy opened close at the next price
+                state.v3.target = 0.0
+                state.v3.order = Order(0, None, 0.0)
+                state.v2_bus = False
+                state.standing_id = None
+                state.arms_dirty = True
+        state.marks = self.marks
+        self._touch(state).open_dirty = True
 
     def _touch(self, state: SymbolState) -> SymbolState:
         self._touched[state.symbol] = state
@@ -961,6 +1032,7 @@ class Pipeline:
         if self._own_dirty or taken:
             own = (
                 self.run_id, self._ledger_minute, self.decisions, self.pairs, self._streams,
+                self.lost, self.marks, self._newest,
             )  # fmt: skip
             cells[""] = {"own": pack(own)}
         commit = Commit(

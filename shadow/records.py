@@ -257,9 +257,10 @@ class LedgerRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="le
     reason: str
     """minute, stop, conflated, lost or order."""
     counts: dict[str, dict[str, int]]
-    """stream name -> outcome -> entries."""
+    """stream name -> outcome -> entries; beside the outcomes, `lost` where that is counted."""
     entry_ids: tuple[str, ...]
-    """Ids the row is about (conflated), as `stream|id`."""
+    """As `stream|id`. conflated: what was left out. lost: last entry before the hole, and where
+    reading went on. order: all entries of a commit, as they were folded."""
     policy_digest: str
     schema_version: int = SCHEMA_VERSION
 

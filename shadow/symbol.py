@@ -59,7 +59,7 @@ class SymbolState:
 
     __slots__ = (
         "_known", "_recent", "arms_dirty", "bus_regime", "closed_dirty", "dirty_slots",
-        "follow_signal", "gap", "last_confidence", "last_direction", "market", "n_recent",
+        "follow_signal", "gap", "last_confidence", "last_direction", "market", "marks", "n_recent",
         "now_us", "open_dirty", "owed", "pairing", "reference", "regime", "standing_id", "symbol",
         "v2", "v2_bus", "v2_digest", "v2_multiplier", "v3",
     )  # fmt: skip
@@ -93,6 +93,7 @@ class SymbolState:
         self.v2_bus = False  # the v2 arm follows the bus until the run ends
         self.v2_digest: str | None = None
         self.v2_multiplier: float | None = None
+        self.marks = (0, 0, 0)  # what of `Pipeline.marks` was applied here
         self.open_dirty = self.arms_dirty = self.closed_dirty = False
         self.dirty_slots: set[int] = set()
 
@@ -111,6 +112,13 @@ class SymbolState:
         self._known.add(tick)
         self.dirty_slots.add(slot)
         self.n_recent += 1
+
+    def forget_market(self) -> None:
+        """Make the indicators cold, after a hole in the prices; the open bar goes on."""
+        market = self.market
+        market.load(market.dump_open(), MarketState(market.bar_us // 1_000_000).dump_closed())
+        self.regime = None
+        self.closed_dirty = True
 
     def arms(self) -> tuple[Arm, Arm, Arm]:
         """Return the arms that trade, in the order of `records.ARMS`."""
@@ -142,6 +150,7 @@ class SymbolState:
                     self.now_us,
                     self.owed,
                     self.gap,
+                    self.marks,
                 )
             )
         if self.arms_dirty:
@@ -182,9 +191,12 @@ class SymbolState:
         slots = {name: unpack(cell) for name, cell in cells.items() if name[0] in "dma"
                  and name[1:].isdigit()}  # fmt: skip
         try:
-            opened, ticks, pairing, self.n_recent, self.now_us, self.owed, self.gap = unpack(
-                cells["open"]
+            opened, ticks, pairing, self.n_recent, self.now_us, self.owed, self.gap, *later = (
+                unpack(cells["open"])
             )
+            if later:  # absent in states of before there were marks
+                gaps, price_gaps, swaps = later[0]
+                self.marks = gaps, price_gaps, swaps
             arms, *facts = unpack(cells["arms"])
             closed, self.regime, memory = unpack(cells["closed"])
             self.market.load(opened, closed)

@@ -1,8 +1,9 @@
 """Does a recording, run again from its starting state, give every decision and comparison again?
 
-Everything must be equal, byte for byte, except `latency_ms`. What depends on the wall clock is
-taken from the recording: decisions that the ledger says were left out under load are left out
-again, and ledger rows about stops and losses are not compared.
+Everything must be equal, byte for byte, except `latency_ms`. What depends on the world is taken
+from the recording's ledger: decisions left out under load are left out again, entries that the
+worker lost are lost again, entries folded out of order are folded in that order. Its counters say
+where each of these happened. Ledger rows about stops are not compared.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import msgspec
 from rlv3 import console
 from rlv3.errors import DataError
 from rlv3.policy import Policy
-from shadow.pipeline import Pipeline
-from shadow.records import Comparison, Decision, Entry, LedgerRow, Output, RunRow, encode
+from shadow.pipeline import OUTCOMES, Pipeline
+from shadow.records import Commit, Comparison, Decision, Entry, LedgerRow, Output, RunRow, encode
 from shadow.rl_v2 import QTables
 from shadow.segments import START, parse_id, read_position, relation, valid_segments
 from shadow.store import COMPARISONS, decode_record
@@ -32,7 +33,8 @@ from worker.recorder import CUT, OUTPUTS, Cut, Snapshot, load_snapshot, raw_tabl
 
 _BATCH = 64
 _EXAMPLES = 5
-_RECOMPUTED = ("minute", "conflated")  # ledger rows that depend on the entries alone
+_RECOMPUTED = ("minute", "conflated", "lost", "order")  # all reasons but stop
+_NOTED = (b"conflated", b"lost", b"order")  # in the payload of every row that the fold needs
 
 
 class Audit(NamedTuple):
@@ -59,13 +61,25 @@ class Audit(NamedTuple):
         return not (self.different or self.missing or self.unexpected)
 
 
-class _Conflation(NamedTuple):
-    """Entries that the worker folded under load, between two points of its own counters."""
+class _Mark(NamedTuple):
+    """Something that the entries alone do not tell, and where it happened."""
 
-    first: tuple[str, str]
-    """Stream and id of the first entry left out."""
+    row: LedgerRow
     folded: int
-    """Entries folded since the first start when those jobs were settled."""
+    """Entries folded since the first start when the row was written."""
+    conflate: bool = False
+    """Of an order row: some of its entries were left out under load."""
+
+    @property
+    def ids(self) -> list[tuple[str, str]]:
+        """The row's (stream, entry id)."""
+        pairs = (text.rpartition("|") for text in self.row.entry_ids)
+        return [(stream, entry_id) for stream, _, entry_id in pairs]
+
+    @property
+    def first(self) -> int:
+        """Entries folded before those of an order row."""
+        return self.folded - len(self.row.entry_ids)
 
 
 def audit(recording: Path, tables_dir: Path | None = None) -> Audit:
@@ -82,17 +96,12 @@ def audit(recording: Path, tables_dir: Path | None = None) -> Audit:
     reader = _Reading(recording, snapshot)
     pipeline = _restored(recording, snapshot, tables_dir)
     comparison = _Comparing(pipeline.run_id)
-    entries = 0
-    for batch, conflate in _batches(reader, pipeline):
-        rest: Sequence[Entry] = batch
-        while rest:
-            commit = pipeline.run(rest, now_ms=0.0, conflate=conflate)
-            comparison.computed(commit.outputs)
-            rest = rest[commit.taken :]
-            entries += commit.taken
+    replay = _Replay(reader, pipeline)
+    for commit in replay.commits():
+        comparison.computed(commit.outputs)
         comparison.recorded(reader.outputs, len(comparison.waiting_computed))
     comparison.recorded(reader.outputs, None)
-    return comparison.result(entries, reader.lost)
+    return comparison.result(replay.folded - replay.before, reader.lost)
 
 
 class _Reading:
@@ -111,29 +120,32 @@ class _Reading:
         self.lost = sum(group.counts.get("lost", 0) for group in position.groups.values())
         self.outputs = self._outputs()
 
-    def inputs(self) -> Iterator[Entry]:
-        """Yield the input entries in (id, rank) order."""
-        names = self.snapshot.inputs
-        parts = [
-            f"SELECT {rank} AS rank, ms, seq, stream_id, names, contents FROM ({self._rows(name)})"
-            for rank, name in enumerate(names)
-        ]
-        query = " UNION ALL ".join(parts) + " ORDER BY ms, seq, rank"
-        for rank, _, _, entry_id, fields, contents in self._fetch(query):
-            name = names[rank]
-            yield Entry(
-                self.keys.stream(name), name, entry_id, dict(zip(fields, contents, strict=True))
-            )
+    def inputs(self, name: str) -> Iterator[Entry]:
+        """Yield the entries of one input in id order."""
+        stream = self.keys.stream(name)
+        query = f"SELECT stream_id, names, contents FROM ({self._rows(name)}) ORDER BY ms, seq"
+        for entry_id, fields, contents in self._fetch(query):
+            yield Entry(stream, name, entry_id, dict(zip(fields, contents, strict=True)))
 
-    def conflations(self) -> list[_Conflation]:
-        """Return where the worker decided under load, in order."""
-        found = []
+    def marks(self) -> list[_Mark]:
+        """Return what the worker noted about its fold, in order."""
+        found: list[_Mark] = []
         for name, payload in self._payloads(COMPARISONS):
-            row = decode_record(name, payload) if b"conflated" in payload else None
-            if isinstance(row, LedgerRow) and row.reason == "conflated":
-                stream, _, entry_id = row.entry_ids[0].rpartition("|")
-                folded = sum(sum(counts.values()) for counts in row.counts.values())
-                found.append(_Conflation((stream, entry_id), folded))
+            if not any(word in payload for word in _NOTED):
+                continue
+            row = decode_record(name, payload)
+            if not isinstance(row, LedgerRow) or row.reason not in ("conflated", "lost", "order"):
+                continue
+            mark = _Mark(row, _folded(row))
+            if row.reason == "order":  # one commit: what it left out lies within
+                conflate = False
+                while found and found[-1].row.reason == "conflated" and (
+                    found[-1].folded > mark.first
+                ):  # fmt: skip
+                    found.pop()
+                    conflate = True
+                mark = mark._replace(conflate=conflate)
+            found.append(mark)
         return found
 
     def _outputs(self) -> Iterator[Decision | Comparison]:
@@ -190,33 +202,136 @@ def _restored(recording: Path, snapshot: Snapshot, tables_dir: Path | None) -> P
     return pipeline
 
 
-def _batches(reader: _Reading, pipeline: Pipeline) -> Iterator[tuple[list[Entry], bool]]:
-    """Cut the entries where the worker's load made a difference; elsewhere anywhere.
+def _folded(row: LedgerRow) -> int:
+    """Return how many entries had been folded when a ledger row was written."""
+    return sum(n for counts in row.counts.values() for key, n in counts.items() if key in OUTCOMES)
 
-    A conflated ledger row names the entries that were left out and, by its counters, how many had
-    been folded when that was settled. Folding from the first of them up to there, under conflation
-    and in one go, leaves out the same ones.
+
+class _Inputs:
+    """The entries of all streams; by default in (id, rank) order.
+
+    Entries of one stream are always folded in id order, so only the next one of each is held.
     """
-    pending = iter(reader.conflations())
-    ahead = next(pending, None)
-    folded = sum(pipeline.counts.values())
-    batch: list[Entry] = []
-    conflating = False
-    for entry in reader.inputs():
-        if ahead is not None and (entry.stream, entry.entry_id) == ahead.first:
-            if batch:
-                yield batch, False
-            batch, conflating = [], True
-        batch.append(entry)
-        folded += 1
-        if ahead is not None and conflating and folded == ahead.folded:
-            yield batch, True
-            batch, conflating, ahead = [], False, next(pending, None)
-        elif not conflating and len(batch) == _BATCH:
-            yield batch, False
-            batch = []
-    if batch:
-        yield batch, conflating
+
+    def __init__(self, reader: _Reading, marks: Sequence[_Mark]) -> None:
+        self._streams = [reader.inputs(name) for name in reader.snapshot.inputs]
+        self._keys = [reader.keys.stream(name) for name in reader.snapshot.inputs]
+        self._disordered = {
+            place for mark in marks if mark.row.reason == "order" for place in mark.ids
+        }
+        self._holes: dict[str, list[tuple[tuple[int, int], tuple[int, int]]]] = {}
+        for mark in marks:
+            if mark.row.reason == "lost":
+                (stream, after), (_, upto) = mark.ids
+                self._holes.setdefault(stream, []).append((parse_id(after), parse_id(upto)))
+        self._heads: list[tuple[tuple[int, int], Entry] | None] = [None] * len(self._streams)
+        for rank in range(len(self._streams)):
+            self._advance(rank)
+
+    def head(self) -> tuple[int, Entry] | None:
+        """Return rank and entry of what comes next by default; None when nothing does."""
+        best: tuple[tuple[int, int], int, Entry] | None = None
+        for rank, head in enumerate(self._heads):
+            if head is None or (best is not None and head[0] >= best[0]):
+                continue
+            place, entry = head
+            if (entry.stream, entry.entry_id) not in self._disordered:
+                best = place, rank, entry
+        return None if best is None else (best[1], best[2])
+
+    def take(self, rank: int) -> None:
+        """Go on to the next entry of a stream."""
+        self._advance(rank)
+
+    def named(self, stream: str, entry_id: str) -> Entry:
+        """Take the next entry of a stream, which must have this id.
+
+        Raises:
+            DataError: the recording does not have it there.
+        """
+        rank = self._keys.index(stream)
+        head = self._heads[rank]
+        if head is None or head[1].entry_id != entry_id:
+            found = "nothing" if head is None else head[1].entry_id
+            raise DataError(f"expected entry {entry_id} of {stream} next, found {found}")
+        self._advance(rank)
+        return head[1]
+
+    def _advance(self, rank: int) -> None:
+        holes = self._holes.get(self._keys[rank], ())
+        for entry in self._streams[rank]:
+            place = parse_id(entry.entry_id)
+            if not any(after < place <= upto for after, upto in holes):
+                self._heads[rank] = place, entry
+                return
+        self._heads[rank] = None
+
+
+class _Replay:
+    """Folds a recording again as the worker did."""
+
+    def __init__(self, reader: _Reading, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._marks = reader.marks()
+        self._inputs = _Inputs(reader, self._marks)
+        self._names = {reader.keys.stream(name): name for name in reader.snapshot.inputs}
+        self.before = self.folded = sum(pipeline.counts.values())
+
+    def commits(self) -> Iterator[Commit]:
+        """Yield what the pipeline answers, mark by mark."""
+        for mark in self._marks:
+            if mark.row.reason == "lost":
+                yield from self._fold_to(mark.folded)
+                self._lose(mark)
+            elif mark.row.reason == "order":
+                yield from self._fold_to(mark.first)
+                entries = [self._inputs.named(*place) for place in mark.ids]
+                yield from self._run(entries, mark.conflate, disordered=True)
+            else:
+                # folding from the first entry left out up to where that was settled, under load
+                # and in one go, leaves out the same ones
+                yield from self._fold_to(mark.folded, before=mark.ids[0])
+                yield from self._run(self._next(mark.folded - self.folded), True)
+        yield from self._fold_to(None)
+        yield self._pipeline.run([], now_ms=0.0)
+
+    def _fold_to(
+        self, folded: int | None, before: tuple[str, str] | None = None
+    ) -> Iterator[Commit]:
+        """Fold in the default order up to a number of entries, or up to an entry."""
+        while entries := self._next(
+            _BATCH if folded is None else min(_BATCH, folded - self.folded), before
+        ):
+            yield from self._run(entries, False)
+
+    def _next(self, count: int, before: tuple[str, str] | None = None) -> list[Entry]:
+        entries: list[Entry] = []
+        while len(entries) < count and (head := self._inputs.head()) is not None:
+            rank, entry = head
+            if (entry.stream, entry.entry_id) == before:
+                break
+            entries.append(entry)
+            self._inputs.take(rank)
+        return entries
+
+    def _run(
+        self, entries: Sequence[Entry], conflate: bool, *, disordered: bool = False
+    ) -> Iterator[Commit]:
+        while entries:
+            commit = self._pipeline.run(
+                entries, now_ms=0.0, conflate=conflate, ahead=len(entries) if disordered else 0
+            )
+            entries = entries[commit.taken :]
+            self.folded += commit.taken
+            yield commit
+
+    def _lose(self, mark: _Mark) -> None:
+        (stream, after), (_, upto) = mark.ids
+        name = self._names[stream]
+        total = mark.row.counts.get(name, {}).get("lost")
+        known = self._pipeline.lost.get(name, 0)
+        entries = None if total is None or known is None else total - known
+        self._pipeline.lose(name, entries, stream=stream, after=after, upto=upto)
 
 
 class _Comparing:
@@ -234,8 +349,11 @@ class _Comparing:
     def computed(self, outputs: Sequence[Output]) -> None:
         """Take what the pipeline just put out."""
         for output in outputs:
-            if output.event_type in OUTPUTS:
-                key, content = _comparable(decode_record(output.event_type, output.payload))
+            if output.event_type not in OUTPUTS:
+                continue
+            record = decode_record(output.event_type, output.payload)
+            if not isinstance(record, LedgerRow) or record.reason in _RECOMPUTED:
+                key, content = _comparable(record)
                 self._match(key, content, self.waiting_recorded, self.waiting_computed)
 
     def recorded(self, outputs: Iterator[Decision | Comparison], count: int | None) -> None:

@@ -40,7 +40,7 @@ from rlv3.errors import ConfigError
 from shadow.records import SCHEMA_VERSION, Commit, Entry, Output
 from worker.errors import CheckFailed, Fenced, RedisUnavailable
 from worker.keys import Keys
-from worker.losses import ORIGIN, Losses, StreamInfo, entry_key
+from worker.losses import ORIGIN, Loss, Losses, StreamInfo, entry_key
 
 SOURCE = "rl-v3-shadow"
 """The envelope's source, and the service name of the bus."""
@@ -53,7 +53,7 @@ CONNECT_TIMEOUT_S = 2.0
 AHEAD_MS = 1_000
 """An id further ahead of TIME than this is an incident: a clock step or a producer's own id."""
 HELD_SLEEP_S = 0.001
-LOSS_CHECK_S = 0.25
+LOSS_CHECK_S = 0.02
 KEPT = 10_000
 """The newest of each of our streams stay for its other readers (a recorder), collected or not."""
 TRIM_LIMIT = 2_000
@@ -77,9 +77,9 @@ class Batch(NamedTuple):
     lag_ms: float
     """TIME minus the id of the oldest entry that is not folded yet; 0 when there is none."""
     ahead: int
-    """Entries whose id is more than 1 s ahead of TIME, released as read."""
-    lost: dict[str, int | None]
-    """Event type -> entries trimmed before we read them, found now; None: some, on Redis 6.2."""
+    """The last so many have ids more than 1 s ahead of TIME: released as read."""
+    lost: dict[str, Loss]
+    """Event type -> what was trimmed before we read it, found now; the entries lie behind it."""
 
 
 class Start(NamedTuple):
@@ -261,6 +261,8 @@ class Bus:
         self._stored = ""  # the cursors field as the sink holds it
         self._written: dict[str, str] = {}  # fields of meta that are known to be there
         self._held = False
+        self._behind = False
+        self._on_gap = "fail"
         self._losses = Losses({}, {})
         self._checked_at = -math.inf
         self._time_ms = 0.0
@@ -301,6 +303,7 @@ class Bus:
     async def _acquire(
         self, infos: Mapping[str, StreamInfo | None], *, start: str, on_gap: str, owner: str
     ) -> Start:
+        self._on_gap = on_gap
         newest = {stream: info.last if info else ORIGIN for stream, info in infos.items()}
         oldest = dict.fromkeys(self.streams, ORIGIN)
         first = oldest if start == "oldest" else newest
@@ -396,8 +399,16 @@ class Bus:
     # -- reading ----------------------------------------------------------------------------------
 
     async def read(self, count: int) -> Batch:
-        """Return the entries after our cursors that are due, at most `count` of each stream."""
-        check = time.monotonic() - self._checked_at >= LOSS_CHECK_S
+        """Return the entries after our cursors that are due, at most `count` of each stream.
+
+        What is lost moves the cursors on in memory; the caller commits that with its ledger row.
+
+        Raises:
+            CheckFailed: entries were lost and `on_gap` is "fail".
+        """
+        # only who is behind can be overtaken by a producer's trimming, else a look now and then
+        # finds what somebody trimmed
+        check = self._behind or time.monotonic() - self._checked_at >= LOSS_CHECK_S
         (seconds, micros), reply, *infos = await self._source.transaction(
             ("TIME",),
             ("XREAD", "COUNT", count, "STREAMS", *self.streams,
@@ -412,23 +423,39 @@ class Bus:
             (self._ranks[key], self.streams[self._ranks[key]], self.inputs[self._ranks[key]], rows)
             for key, rows in reply or ()
         ]
+        self._behind = any(len(rows) >= count for _, _, _, rows in found)
+        lost = self._lost(self._infos(infos)) if check else {}
+        if self._on_gap == "resume-latest":
+            found = [item for item in found if item[2] not in lost]
         released, held, ahead = release(found, int(self._time_ms), count)
         self._held = held is not None
         oldest = min(
             [entry.id_ms for entry in released[:1]] + ([held] if held is not None else []),
             default=self._time_ms,
         )
-        lost = self._lost(self._infos(infos)) if check else {}
         return Batch(released, max(0.0, self._time_ms - oldest), ahead, lost)
 
-    def _lost(self, infos: Sequence[StreamInfo | None]) -> dict[str, int | None]:
+    def _lost(self, infos: Sequence[StreamInfo | None]) -> dict[str, Loss]:
         """Compare our counts with the server's; all that was read before is committed by now."""
         self._checked_at = time.monotonic()
+        latest = self._on_gap == "resume-latest"
         found = {}
         for event_type, stream, info in zip(self.inputs, self.streams, infos, strict=True):
-            missed = self._losses.check(event_type, info, self.cursors[stream])
-            if missed != 0:
-                found[event_type] = missed
+            cursor = self.cursors[stream]
+            missed = self._losses.check(event_type, info, cursor)
+            if missed == 0 or info is None:
+                continue
+            if self._on_gap == "fail":
+                raise CheckFailed(
+                    f"expected {stream} to hold what follows {cursor}, found that "
+                    f"{'some' if missed is None else missed} entries were trimmed before they "
+                    "were read; choose --on-gap resume-oldest or resume-latest"
+                )
+            upto = info.resumed(cursor, latest=latest)
+            skipped = self._losses.check(event_type, info, upto) if latest else 0
+            entries = None if missed is None or skipped is None else missed + skipped
+            found[event_type] = Loss(entries, cursor, upto)
+            self.cursors[stream] = upto
         return found
 
     async def wait(self) -> None:

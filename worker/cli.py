@@ -77,7 +77,7 @@ def run(
     on_gap: Annotated[
         str | None,
         typer.Option(
-            help="When state is missing: resume-oldest, resume-latest or fail. "
+            help="When entries or state are missing: resume-oldest, resume-latest or fail. "
             "(default: resume-oldest)"
         ),
     ] = None,

@@ -56,7 +56,7 @@ class WorkerConfig:
     conflate_after: float | None = 1_000.0
     """Lag in ms from which advisory decisions are conflated; None for never."""
     on_gap: str = "resume-oldest"
-    """What to do when state or cursors are missing: resume-oldest, resume-latest or fail."""
+    """When entries, state or cursors are missing: resume-oldest, resume-latest or fail."""
     latency_ms: int = 250
     """Delay from a decision to the first price at which its order may fill."""
     max_batch: int = 64

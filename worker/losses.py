@@ -13,6 +13,17 @@ from typing import Any, NamedTuple
 ORIGIN = "0-0"
 
 
+class Loss(NamedTuple):
+    """A hole in a stream."""
+
+    entries: int | None
+    """None: some, on Redis 6.2."""
+    after: str
+    """Id of the last entry before the hole."""
+    upto: str
+    """Id from which reading goes on; the same where only later counting found the hole."""
+
+
 class StreamInfo(NamedTuple):
     """What XINFO STREAM says."""
 
@@ -35,6 +46,12 @@ class StreamInfo(NamedTuple):
             length=values[b"length"],
             added=values.get(b"entries-added"),
         )
+
+    def resumed(self, cursor: str, *, latest: bool) -> str:
+        """Return the cursor behind a hole: before the oldest entry left, or at the stream's end."""
+        if not _passed(self, cursor):
+            return cursor
+        return self.last if latest or self.first is None else _before(self.first)
 
 
 class Losses:
@@ -65,7 +82,9 @@ class Losses:
         number = _number(info, cursor)
         if number is None:
             blind = info is not None and info.added is None and cursor != ORIGIN
-            return None if blind and info is not None and _passed(info, cursor) else 0
+            if not blind or info is None or not _passed(info, cursor):
+                return 0
+            return 0 if info.first is not None and _before(info.first) == cursor else None
         if event_type not in self._base:
             self.begin(event_type, info, cursor)
             return 0
@@ -106,6 +125,12 @@ def _passed(info: StreamInfo, cursor: str) -> bool:
     if info.last == cursor:
         return False
     return info.first is None or entry_key(info.first) > entry_key(cursor)
+
+
+def _before(entry_id: str) -> str:
+    """Return the greatest id below one that is not 0-0."""
+    ms, seq = entry_key(entry_id)
+    return f"{ms}-{seq - 1}" if seq else f"{ms - 1}-{2**64 - 1}"
 
 
 def _named(meta: Mapping[bytes, bytes], kind: str) -> dict[str, int]:

@@ -163,9 +163,11 @@ class Worker:
         while not self._stopping.is_set():
             batch = await self._persist(lambda: self.bus.read(READ_COUNT))
             self._lag_ms = batch.lag_ms
-            self._log_losses(batch)
+            self._lose(batch)
             if batch.entries:
                 await self._fold(batch)
+            elif batch.lost:
+                await self._persist(self._committing(self.pipeline.run([], now_ms=0.0)))
             else:
                 await self._until_stopped(self._persist(self.bus.wait))
             await self._tend()
@@ -212,6 +214,7 @@ class Worker:
             self.log.error("STATE_DAMAGED", msg=f"the pipeline's own state: {error}")
             self.pipeline = self._new_pipeline()
             self.pipeline.counts.update(start.counts)
+            self.pipeline.lost.update(self.bus.lost_total())
             damaged = self.pipeline.restore({k: v for k, v in start.cells.items() if k})
         for symbol in damaged:
             self.log.error("STATE_DAMAGED", msg="restarts cold and flat", symbol=symbol)
@@ -257,7 +260,7 @@ class Worker:
                 msg="entry ids more than 1 s ahead of Redis's clock, folded as read",
                 entries=batch.ahead,
             )
-        entries = batch.entries
+        entries, due = batch.entries, len(batch.entries) - batch.ahead
         while entries and not self._stopping.is_set():
             self._lag_ms = max(0.0, self.bus.server_ms() - entries[0].id_ms)
             after = self.config.conflate_after
@@ -265,10 +268,12 @@ class Worker:
                 entries,
                 now_ms=time.time() * 1000,
                 conflate=after is not None and self._lag_ms > after,
+                ahead=len(entries) - max(due, 0),
             )
             await self._persist(self._committing(commit))
             self._note(commit, entries[: commit.taken])
             entries = entries[commit.taken :]
+            due -= commit.taken
 
     def _committing(
         self, commit: Commit, forget: list[str] | None = None
@@ -363,13 +368,20 @@ class Worker:
                 "STREAM_ABSENT", msg=f"{stream} does not exist; it is read when it appears"
             )
 
-    def _log_losses(self, batch: Batch) -> None:
-        for event_type, entries in batch.lost.items():
+    def _lose(self, batch: Batch) -> None:
+        """Take what was lost into the next commit, together with the cursors that jump."""
+        for event_type, loss in batch.lost.items():
+            stream = self.bus.keys.stream(event_type)
+            self.pipeline.lose(
+                event_type, loss.entries, stream=stream, after=loss.after, upto=loss.upto
+            )
             self.log.error(
                 "ENTRIES_LOST",
                 msg="the stream was trimmed before we read it",
                 stream=event_type,
-                entries="unknown" if entries is None else entries,
+                entries=_counted(loss.entries),
+                after=loss.after,
+                goes_on_after=loss.upto,
             )
 
     def _log_heartbeat(self) -> None:
@@ -386,7 +398,7 @@ class Worker:
             "lag_ms": round(self._lag_ms, 1),
             "latency_ms_p50": _quantile(ordered, 0.50),
             "latency_ms_p99": _quantile(ordered, 0.99),
-            "lost_total": self.bus.lost_total(),
+            "lost_total": {name: _counted(n) for name, n in self.pipeline.lost.items()},
             "ahead_total": self._ahead,
             "dropped_total": self._dropped,
             "commits": self.bus.seq,
@@ -420,6 +432,10 @@ def _rules(frozen: str) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(frozen)
     settings = {k: v for k, v in values["settings"].items() if k not in ("max_events", "max_bytes")}
     return {"settings": settings, "tables": values["tables"]}
+
+
+def _counted(entries: int | None) -> int | str:
+    return "unknown" if entries is None else entries
 
 
 def _quantile(ordered: list[float], q: float) -> float | None:

@@ -424,3 +424,83 @@ def test_a_bar_closed_by_a_stale_tick_is_decided_at_the_next_fresh_one(
     first, second = rows(commits, BarRow)
     assert first.step_decision_id is None
     assert second.step_decision_id is not None
+
+
+def a_minute_apart(bus_entry: MakeEntry, first: int, last: int) -> list[Entry]:
+    return [
+        bus_entry("market.tick", T0 + n * 60_000 + 1, {"symbol": symbol, "price": 100.0 + n % 7})
+        for n in range(first, last)
+        for symbol in ("AAAUSDT", "BBBUSDT")
+    ]
+
+
+def stored_by(commits: Sequence[Commit]) -> dict[str, dict[str, bytes]]:
+    cells: dict[str, dict[str, bytes]] = {}
+    for commit in commits:
+        for symbol, changed in commit.cells.items():
+            cells.setdefault(symbol, {}).update(changed)
+    return cells
+
+
+@pytest.mark.parametrize("event_type", ["market.tick", "signal.generated"])
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_loss_keeps_positions_marks_the_next_bar_and_makes_prices_cold(
+    make_policy: Callable[..., Policy], bus_entry: MakeEntry, event_type: str, restarts: bool
+) -> None:
+    policy = always(make_policy(0), Action.LONG)
+    settings = Settings(latency_ms=0, rl_v2="off", max_event_age_s=None)
+    pipeline = Pipeline(policy, None, settings, INPUTS)
+    commits = [pipeline.begin({}), *fold(pipeline, a_minute_apart(bus_entry, 0, 40))]
+    held = pipeline.symbols["AAAUSDT"].v3.account.quantity
+    assert held > 0
+    assert pipeline.symbols["AAAUSDT"].market.warm
+    pipeline.lose(event_type, 7, stream="s:x", after="1-0", upto="9-0")
+    pipeline.lose(event_type, 2, stream="s:x", after="9-0", upto="11-0")
+    commits.append(pipeline.run([], now_ms=0.0))
+    lost = rows(commits[-1:], LedgerRow)
+    assert [row.reason for row in lost] == ["lost", "lost"]
+    assert [row.counts[event_type]["lost"] for row in lost] == [7, 9]
+    assert lost[0].entry_ids == ("s:x|1-0", "s:x|9-0")
+    assert set(commits[-1].cells) == {""}  # symbols follow when they come up again
+    if restarts:
+        pipeline = Pipeline(policy, None, settings, INPUTS)
+        pipeline.restore(stored_by(commits))
+        assert pipeline.lost == {event_type: 9}
+    later = fold(pipeline, a_minute_apart(bus_entry, 40, 43))
+    bars = rows(later, BarRow)
+    assert [bar.gap for bar in bars] == [True, True, False, False, False, False]
+    cold = event_type == "market.tick"
+    assert {bar.warm for bar in bars} == {not cold}
+    assert {d.warm for d in decisions(later)} == {not cold}
+    assert pipeline.symbols["AAAUSDT"].v3.account.quantity == held
+    assert pipeline.symbols["AAAUSDT"].market.n_bars == (3 if cold else 42)
+
+
+def test_an_unknown_loss_stays_unknown(policy: Policy, tables: QTables) -> None:
+    pipeline = Pipeline(policy, tables, Settings(), INPUTS)
+    pipeline.begin({})
+    for entries in (3, None, 4):
+        pipeline.lose("market.tick", entries, stream="s", after="1-0", upto="1-0")
+    counts = [row.counts for row in rows([pipeline.run([], now_ms=0.0)], LedgerRow)]
+    assert counts == [{"market.tick": {"lost": 3}}, {}, {}]
+
+
+def test_entries_out_of_order_are_named_in_the_commit_that_folds_them(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    ticks = a_minute_apart(bus_entry, 0, 6)
+    pipeline = Pipeline(policy, tables, Settings(max_event_age_s=None), INPUTS)
+    pipeline.begin({})
+    commit = pipeline.run(ticks[:8], now_ms=0.0, ahead=3)
+    assert commit.taken == 5  # never mixed
+    assert not [row for row in rows([commit], LedgerRow) if row.reason == "order"]
+    commit = pipeline.run(ticks[5:8], now_ms=0.0, ahead=3)
+    named = [row.entry_ids for row in rows([commit], LedgerRow) if row.reason == "order"]
+    assert named == [tuple(f"{e.stream}|{e.entry_id}" for e in ticks[5:8])]
+    # those ahead do not make what follows late; what is older than the newest in order is
+    signal = bus_entry("signal.generated", T0 + 60_000, {"symbol": "AAAUSDT", "side": "BUY"})
+    commit = pipeline.run([signal], now_ms=0.0)
+    named = [row.entry_ids for row in rows([commit], LedgerRow) if row.reason == "order"]
+    assert named == [(f"{signal.stream}|{signal.entry_id}",)]
+    commit = pipeline.run(ticks[8:], now_ms=0.0)
+    assert not [row for row in rows([commit], LedgerRow) if row.reason == "order"]

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -266,6 +267,64 @@ def test_decisions_left_out_under_load_are_left_out_again(
     check_complete(found, decisions)
     assert found.conflated > 100
     assert found.equal["decision"] + found.conflated > 1_000
+
+
+@pytest.mark.parametrize("conflate_after", [None, 1.0])
+def test_lost_and_disordered_entries_are_found_again(
+    redis_server: RedisServer,
+    artifact: Path,
+    tmp_path: Path,
+    conflate_after: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.bus.LOSS_CHECK_S", 0.0)
+    config = config_of(redis_server, artifact, conflate_after=conflate_after)
+    entries = feed(7, minutes=40)
+    third = len(entries) // 3
+    future = int(time.time() * 1000) + 3_600_000
+    ahead: Feed = [
+        envelope("ai.signal_generated", f"{future + n}-0",
+                 {"symbol": "AAAUSDT", "side": "BUY", "confidence": 0.7})
+        for n in range(100)
+    ]  # fmt: skip
+
+    async def main() -> tuple[int, int]:
+        async with recording(config, tmp_path), working(config) as worker:
+            await until(snapshot_taken(tmp_path))
+            append(redis_server, entries[:third])
+            await folded(worker, third)
+            append(redis_server, ahead[:70])
+            await folded(worker, third + 70)
+            with redis.Redis.from_url(redis_server.url) as client, client.pipeline() as batch:
+                for name, entry_id, fields in entries[third : 2 * third]:
+                    batch.xadd(name, fields, id=entry_id)
+                batch.xtrim(KEYS.stream("market.tick"), maxlen=3, approximate=False)
+                batch.execute()  # as one: nobody can read these ticks
+            names = [name for name, _, _ in entries[third : 2 * third]]
+            ticks = names.count(KEYS.stream("market.tick")) - 3
+            await folded(worker, 2 * third - ticks + 70)
+            append(redis_server, ahead[70:])
+            append(redis_server, entries[2 * third :])
+            await folded(worker, len(entries) - ticks + 100)
+        return decided(worker), ticks
+
+    decisions, ticks = asyncio.run(main())
+    found = audit(tmp_path)
+    assert found.examples == []
+    assert found.ok
+    assert found.equal["decision"] == decisions
+    assert found.entries == len(entries) + 100 - ticks
+    reasons = reasons_of(redis_server)
+    assert reasons["lost"] == 1
+    assert reasons["order"] >= 3
+    assert reasons["conflated"] > 0 or conflate_after is None
+
+
+def reasons_of(server: RedisServer) -> Counter[str]:
+    """Count ledger rows by reason."""
+    with redis.Redis.from_url(server.url) as client:
+        found = [json.loads(fields[b"payload"]) for _, fields in client.xrange(KEYS.comparisons)]
+    return Counter(row["reason"] for row in found if row["kind"] == "ledger")
 
 
 def test_source_and_sink_may_be_two_servers(
