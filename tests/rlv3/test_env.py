@@ -239,6 +239,26 @@ def test_random_starts_come_from_the_environments_own_generator() -> None:
         assert [first.step(0)[3] for _ in range(100)] == [False] * 99 + [True]
 
 
+def test_several_assets_take_turns_in_one_run() -> None:
+    cheap, dear = (
+        simulate("momentum", 400, seed=k, start_price=p) for k, p in ((1, 1.0), (2, 9e4))
+    )
+    config = RLv3Config(max_steps_per_episode=50)
+    env = TradingEnvV3(config, [cheap, dear])
+    prices = [env.reset(seed=7)[1]["price"]] + [env.reset()[1]["price"] for _ in range(30)]
+    assert 5 < sum(price > 1_000.0 for price in prices) < 26
+    again = TradingEnvV3(config, [cheap, dear])
+    assert prices[:2] == [again.reset(seed=7)[1]["price"], again.reset()[1]["price"]]
+    # sizes are fractions of equity, whatever a unit costs
+    for seed in range(6):
+        env.reset(seed=seed)
+        size = env.step(int(Action.LONG))[4]["position_size"]
+        assert size == pytest.approx(0.1, rel=0.02)
+    other = simulate("momentum", 400, seed=3, step_seconds=300)
+    with pytest.raises(DataError, match="expected bars of 60 s, the configured step, found 300 s"):
+        TradingEnvV3(config, [cheap, other])
+
+
 def test_synthetic_worlds_are_new_at_every_reset() -> None:
     env = TradingEnvV3(RLv3Config(max_steps_per_episode=20))
     first, second = env.reset(seed=3)[0], env.reset()[0]
