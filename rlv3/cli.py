@@ -26,8 +26,10 @@ from rlv3.splits import check_unseen, first_decision_us, parse_split, window
 
 if TYPE_CHECKING:
     from rlv3.evaluation import Evaluation
+    from rlv3.runs import Run
 
 ARTIFACT = "policy.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 DEFAULT_OUT = Path("runs/rl_v3")
 SANDBOX_STEPS = 20_480
 SHIPPED = shipped_policy()
@@ -99,7 +101,7 @@ def train(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Directory of an earlier run: continue from its weights and normaliser."),
+        typer.Option(help="Directory of an earlier run: finish it, or begin where it ended."),
     ] = None,
     bar_stamp: StampOption = "close",
     split: Annotated[
@@ -118,7 +120,9 @@ def train(
     Without --data, --market or --env it trains on the world regime_switching.
     Files are cut by time: the first part is trained on, the second chooses best.safetensors, the
     third is left for rlv3 evaluate.
-    --resume keeps weights, normaliser and step count; the optimisers start anew.
+    --resume alone finishes an interrupted run, whose end is then the same as if it had not been
+    interrupted. With other options it begins a new run from the weights, the normaliser and the
+    step count of the folder's policy.
 
     [bold]Examples[/bold]
 
@@ -134,8 +138,13 @@ def train(
         raise ConfigError("expected one of --data, --market and --env, found several")
     _need_training()
     from rlv3.manager import DEFAULT_EPISODES, RLv3Manager
-    from rlv3.runs import BEST, Run, file_facts, progress
+    from rlv3.runs import Run, file_facts
 
+    given = (episodes, steps, data or None, market, env, reward, config, seed, out)
+    alone = all(option is None for option in given)
+    if resume is not None and alone and (resume / CHECKPOINT).exists():
+        _finish(resume)
+        return
     series = _read(data or [], bar_stamp)
     shares = parse_split(split)
     settings = read_config(config) if config else {}
@@ -154,16 +163,54 @@ def train(
         out or resume or DEFAULT_OUT, manager, total=total, every=validate_every, inputs=inputs,
         market=market, env_id=env, resumed=resume is not None,
     )  # fmt: skip
-    manager.prepare(  # before an earlier run is replaced
-        price_data=series or None, market=market, env_id=env, shares=shares, embargo=embargo
-    )
-    with run, progress(total) as show:
-        metrics = manager.train(
-            episodes,
-            steps=steps,
-            on_update=lambda done, update: show(done, update, run.update(done, update)),
+    places: dict[str, Any] = {
+        "market": market,
+        "env_id": env,
+        "shares": list(shares),
+        "embargo": embargo,
+    }
+    run.about = {
+        "places": places, "data": [str(path.resolve()) for path in data or []],
+        "bar_stamp": bar_stamp, "total": total, "every": validate_every, "inputs": inputs,
+    }  # fmt: skip
+    manager.prepare(price_data=series or None, **places)  # before an earlier run is replaced
+    with run.recorded() as on_update:
+        run.finish(manager.train(episodes, steps=steps, on_update=on_update))
+    _say(run, data or [])
+
+
+def _finish(folder: Path) -> None:
+    """Finish an interrupted run from its checkpoint."""
+    from rlv3.manager import RLv3Manager
+    from rlv3.runs import Run
+    from rlv3.snapshot import read_checkpoint
+
+    snapshot = read_checkpoint(folder / CHECKPOINT)
+    about = snapshot.about["caller"]
+    data = [Path(path) for path in about["data"]]
+    places = about["places"]
+    manager = RLv3Manager(snapshot.config)
+    done = manager.resume(snapshot, price_data=_read(data, about["bar_stamp"]) or None, **places)
+    if manager.reached:
+        raise ConfigError(
+            f"{folder}: expected an interrupted run, found one that is finished after "
+            f"{manager.steps:,} steps: say with --steps how many more"
         )
-        run.finish(metrics)
+    run = Run(
+        folder, manager, total=about["total"], every=about["every"], inputs=about["inputs"],
+        market=places["market"], env_id=places["env_id"], resumed=True, done=done,
+    )  # fmt: skip
+    run.about = about
+    with run.recorded() as on_update:
+        run.finish(manager.finish(on_update))
+    _say(run, data)
+
+
+def _say(run: Run, data: list[Path]) -> None:
+    """Print what a run measured and where it is."""
+    from rlv3.runs import BEST
+
+    manager, metrics = run.manager, run.metrics
     table = Table("training", "")
     for name, value in metrics.items():
         table.add_row(name, f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}")
@@ -173,7 +220,7 @@ def train(
         console.out.print(f"best validation score {score:+.6g} at {at:,.0f} steps: {BEST}")
     if manager.split is not None and manager.split.test:
         begin = datetime.fromtimestamp(int(first_decision_us(manager.split.test)) / US, UTC)
-        files = " ".join(f"--data {path}" for path in data or [])
+        files = " ".join(f"--data {path}" for path in data)
         console.out.print(
             "nothing has seen the test part yet: rlv3 evaluate "
             f"--policy {run.folder} {files} --from {begin:%Y-%m-%dT%H:%M:%SZ}",

@@ -2,6 +2,7 @@
 
     policy.safetensors   the policy as training ended
     best.safetensors     the policy with the best validation score on the way
+    checkpoint.safetensors  all that `rlv3 train --resume` needs to finish it
     config.toml          every setting; `rlv3 train --config` reads it
     run.json             command, data with fingerprints, split, versions, results
     metrics.csv          one line per update
@@ -16,6 +17,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import platform
 import sys
 import time
@@ -39,6 +41,7 @@ from rlv3.features import US, WARM_BARS
 from rlv3.manager import RLv3Manager
 from rlv3.market import DEFAULT_WORLD, Bars
 from rlv3.policy import Policy, save_artifact
+from rlv3.snapshot import CHECKPOINT
 from rlv3.splits import PARTS
 from rlv3.trainer import Update
 
@@ -50,6 +53,7 @@ VALIDATIONS = 20  # of a run, unless told otherwise
 VALIDATION_EPISODES = 10
 VALIDATION_SEED = 7_000_000  # of the validation episodes: far from the seeds people choose
 _SAID_EVERY_S = 5.0
+_KEPT_EVERY_S = 2.0
 _PACKAGES = ("rlv3-shadow", "numpy", "torch", "gymnasium", "numba", "safetensors")
 
 Validate = Callable[[Policy], float]
@@ -100,6 +104,11 @@ class Run:
         total: environment steps that the run will take.
         every: steps between validations; 0 for none.
         inputs: what was trained on, for `run.json`.
+        done: steps that an interrupted run, now to be finished, had taken.
+
+    Attributes:
+        about: plain values to keep with every checkpoint.
+        metrics: what training measured, once it is finished.
     """
 
     def __init__(
@@ -113,8 +122,13 @@ class Run:
         market: str | Sequence[str] | None = None,
         env_id: str | None = None,
         resumed: bool = False,
+        done: int = 0,
     ) -> None:
         self.folder = folder
+        self.about: dict[str, Any] = {}
+        self.metrics: dict[str, float] = {}
+        self._done = done
+        self._kept_at = -math.inf
         self.manager = manager
         self.rows: list[dict[str, float | None]] = []
         self._total = total
@@ -126,14 +140,22 @@ class Run:
         self._began = datetime.now(UTC)
         self._validate: Validate | None = None
         self._due = self._every
-        self._before = manager.steps
+        self._before = manager.steps - done
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._resumed:
-            self.rows = read_metrics(self.folder / METRICS, upto=self._before)
+            self.rows = read_metrics(self.folder / METRICS, upto=self._before + self._done)
+            scored = [row["steps"] or 0 for row in self.rows if row["validation"] is not None]
+            if self._done and scored:
+                self._due = int(scored[-1]) - self._before + self._every
         else:
-            for old in (*self.folder.glob(EVENTS), self.folder / BEST, self.folder / CURVE):
+            for old in (
+                *self.folder.glob(EVENTS),
+                self.folder / BEST,
+                self.folder / CURVE,
+                self.folder / CHECKPOINT,
+            ):
                 old.unlink(missing_ok=True)
         write_text(self.folder / CONFIG, config_toml(self.manager.config))
         self._note("running", {})
@@ -143,7 +165,7 @@ class Run:
         self._csv.writerows(self.rows)
         board = require("torch.utils.tensorboard", "train")
         self._board = board.SummaryWriter(
-            str(self.folder), purge_step=self._before if self._resumed else None
+            str(self.folder), purge_step=self._before + self._done if self._resumed else None
         )
         return self
 
@@ -187,6 +209,24 @@ class Run:
             save_artifact(self.manager.policy.source, self.folder / BEST)
         return score
 
+    @contextmanager
+    def recorded(self) -> Iterator[Callable[[int, Update], None]]:
+        """Open the folder and a progress bar; yield what to call after every update."""
+        with self, progress(self._total) as show:
+
+            def on_update(done: int, update: Update) -> None:
+                show(done, update, self.update(done, update))
+                self._keep()
+
+            yield on_update
+
+    def _keep(self) -> None:
+        """Write a checkpoint after the first update, then every few seconds."""
+        now = time.perf_counter()
+        if now - self._kept_at >= _KEPT_EVERY_S:
+            self._kept_at = now
+            self.manager.save_checkpoint(self.folder / CHECKPOINT, self.about)
+
     def _score(self) -> float | None:
         if self._validate is None:
             self._validate = validation_of(self.manager, **self._places)
@@ -196,9 +236,13 @@ class Run:
         """Write policy, plot and results; return what `run.json` says."""
         from rlv3.plots import learning_curve
 
+        self.metrics = dict(metrics)
         save_artifact(self.manager.policy.source, self.folder / POLICY)
         learning_curve(self.folder / CURVE, self.rows)
-        return self._note("finished", {"metrics": dict(metrics), "best": self.best})
+        found = self._note("finished", {"metrics": dict(metrics), "best": self.best})
+        # last, so that whoever is killed before it still has something to finish
+        self.manager.save_checkpoint(self.folder / CHECKPOINT, self.about)
+        return found
 
     def _note(self, status: str, results: Mapping[str, Any]) -> dict[str, Any]:
         found = {
@@ -208,7 +252,7 @@ class Run:
             "seconds": round(time.perf_counter() - self._started, 1),
             "steps": self.manager.steps,
             "seed": self.manager.config.seed,
-            "resumed_at": self._before if self._resumed else None,
+            "resumed_at": self._before + self._done if self._resumed else None,
             **self._inputs,
             "split": _parts(self.manager),
             "versions": versions(),
