@@ -259,7 +259,8 @@ class StoreWriter:
         for segment in reversed(segments):
             query = f"SELECT {column} FROM ({relation(table, [segment.path])})"
             try:
-                rows = duckdb.execute(query).fetchall()
+                with duckdb.connect() as connection:
+                    rows = connection.execute(query).fetchall()
             except duckdb.Error as error:
                 raise DataError(f"segment {segment.path} is damaged: {error}") from error
             ids[:0] = [identity for (identity,) in rows]

@@ -94,7 +94,9 @@ def test_quotes_become_mids_and_crossed_ones_have_no_spread(tmp_path: Path) -> N
 def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
     path = write(tmp_path, HEADER + ROWS)
     target = tmp_path / "abc_usd_1m.parquet"
-    duckdb.sql(f"COPY (SELECT * FROM read_csv('{path}')) TO '{target}' (FORMAT parquet)")
+    with duckdb.connect() as connection:
+        copy = f"COPY (SELECT * FROM read_csv('{path}')) TO '{target}' (FORMAT parquet)"
+        connection.execute(copy).fetchall()
     assert read_bars(target).sha256() == read_bars(path).sha256()
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 no")
