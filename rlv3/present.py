@@ -76,7 +76,7 @@ def comparison_table(results: Mapping[str, Evaluation]) -> Table:
     for name, result in results.items():
         trading = result.net_profit is not None
         table.add_row(
-            name,
+            name.removesuffix("/policy.safetensors"),
             f"{result.mean_return:+.6g}",
             f"{result.net_profit:+,.2f}" if trading else "-",
             ratio(result.sharpe, result.sharpe_interval),

@@ -175,8 +175,8 @@ class Run:
 
     @property
     def best(self) -> dict[str, float | None] | None:
-        """The metrics at the best validation so far; the earliest of equals."""
-        known = [row for row in self.rows if row["validation"] is not None]
+        """The metrics at the best validation so far; the newest of equals, which learned more."""
+        known = [row for row in reversed(self.rows) if row["validation"] is not None]
         return max(known, key=lambda row: row["validation"] or 0.0, default=None)
 
     def update(self, done: int, update: Update) -> float | None:
@@ -205,7 +205,7 @@ class Run:
         for name, value in row.items():
             if value is not None and name not in ("steps", "seconds"):
                 self._board.add_scalar(f"train/{name}", value, int(row["steps"] or 0))
-        if score is not None and (best is None or score > (best["validation"] or 0.0)):
+        if score is not None and (best is None or score >= (best["validation"] or 0.0)):
             save_artifact(self.manager.policy.source, self.folder / BEST)
         return score
 
