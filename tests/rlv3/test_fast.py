@@ -1,0 +1,138 @@
+"""The compiled update is the torch update: losses, weights, moments; one thread or two."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlv3 import trainer as trainer_module
+from rlv3.agent import PPOAgent
+from rlv3.buffer import Rollout
+from rlv3.config import RLv3Config
+from rlv3.env import TradingEnvV3
+from rlv3.errors import ConfigError
+from rlv3.features import Normaliser
+from rlv3.market import simulate
+from rlv3.trainer import PPOTrainer
+from rlv3.vector import replicate
+
+CONFIG = RLv3Config(buffer_size=512, n_envs=4, n_epochs=4, max_steps_per_episode=100, seed=7)
+BARS = simulate("regime_switching", 600, seed=1)
+
+
+def make(config: RLv3Config) -> PPOTrainer:
+    env = TradingEnvV3(config, BARS, normaliser=Normaliser.identity())
+    return PPOTrainer(PPOAgent(config), replicate(env, config.n_envs))
+
+
+def weights(trainer: PPOTrainer) -> bytes:
+    agent = trainer.agent
+    both = [*agent.policy.parameters(), *agent.value.parameters()]
+    return b"".join(p.detach().numpy().tobytes() for p in both)
+
+
+def rollout_of(config: RLv3Config) -> Rollout:
+    """One that every path can learn from; every third observation is dense."""
+    found = make(replace(config, backend="torch")).collect()
+    found.obs[::3] += np.random.default_rng(1).normal(0.0, 0.5, found.obs[::3].shape)
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation": "tanh"},
+        {"batch_size": 100, "hidden_dim": 48},
+        {"value_clip": 0.05, "max_grad_norm": 0.05},
+        {"target_kl": 0.002, "learning_rate": 1e-3},
+        {"use_action_masks": False, "entropy_coef": 0.1},
+    ],
+    ids=lambda changes: ", ".join(changes) or "recipe",
+)
+def test_both_updates_give_the_same_losses_and_weights(changes: dict[str, Any]) -> None:
+    config = replace(CONFIG, **changes)
+    rollout = rollout_of(config)
+    slow, fast = (make(replace(config, backend=backend)) for backend in ("torch", "numba"))
+    for _ in range(2):  # the second continues from the moments of the first
+        expected, found = slow.learn(rollout), fast.learn(rollout)
+        assert found == pytest.approx(expected, abs=1e-5)
+        for one, other in zip(
+            [*slow.agent.policy.parameters(), *slow.agent.value.parameters()],
+            [*fast.agent.policy.parameters(), *fast.agent.value.parameters()],
+            strict=True,
+        ):
+            assert float((one - other).detach().abs().max()) < 1e-5
+    for optimisers in (
+        (slow.policy_optimiser, fast.policy_optimiser),
+        (slow.value_optimiser, fast.value_optimiser),
+    ):
+        first, second = (list(optimiser.state.values()) for optimiser in optimisers)
+        for one, other in zip(first, second, strict=True):
+            assert float(one["step"]) == float(other["step"])
+            assert float((one["exp_avg"] - other["exp_avg"]).abs().max()) < 1e-5
+    if "target_kl" in changes:
+        steps = float(next(iter(fast.policy_optimiser.state.values()))["step"])
+        assert 0 < steps < 2 * 4 * 8  # it did stop
+
+
+def test_both_collect_the_same_rollout() -> None:
+    slow, fast = (make(replace(CONFIG, backend=backend)) for backend in ("torch", "numba"))
+    for one, other in zip(slow.collect(), fast.collect(), strict=True):
+        assert other == pytest.approx(one, abs=1e-4)
+
+
+def test_one_thread_and_two_give_the_same_weights() -> None:
+    threads = torch.get_num_threads()
+    found = []
+    for n in (1, 2, 2):
+        torch.set_num_threads(n)
+        trainer = make(CONFIG)
+        trainer.train(steps=3 * 512)
+        found.append(weights(trainer))
+    torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
+def test_schedules_fall_to_zero_over_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, learning_rate_schedule="linear", clip_range_schedule="linear")
+    trainer = make(config)
+    used = []
+    learn = trainer.learn
+
+    def spy(rollout: Rollout, *rates: float) -> trainer_module.Update:
+        used.append(rates)
+        return learn(rollout, *rates)
+
+    monkeypatch.setattr(trainer, "learn", spy)
+    trainer.train(steps=4 * 512)
+    assert used == [pytest.approx((3e-4 * share, 0.2 * share)) for share in (1.0, 0.75, 0.5, 0.25)]
+
+
+def test_without_numba_torch_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert trainer_module.use_numba(CONFIG, cpu)
+    assert not trainer_module.use_numba(replace(CONFIG, backend="torch"), cpu)
+    assert not trainer_module.use_numba(CONFIG, torch.device("cuda"))
+    monkeypatch.setattr(trainer_module, "find_spec", lambda _: None)
+    assert not trainer_module.use_numba(CONFIG, cpu)
+    with pytest.raises(ConfigError, match="backend numba: expected numba, scipy"):
+        trainer_module.use_numba(replace(CONFIG, backend="numba"), cpu)
+
+
+def test_device_is_chosen_and_refused() -> None:
+    if torch.cuda.is_available():
+        config = replace(CONFIG, device="cuda")
+        trainer = make(config)
+        assert trainer.agent.device.type == "cuda"
+        assert np.isfinite(trainer.train(steps=512)[0].policy_loss)
+        return
+    assert PPOAgent(replace(CONFIG, device="auto")).device.type == "cpu"
+    with pytest.raises(ConfigError, match="device cuda: expected a CUDA device"):
+        PPOAgent(replace(CONFIG, device="cuda"))
+    with pytest.raises(ConfigError, match="backend must be auto or torch"):
+        replace(CONFIG, device="cuda", backend="numba")
