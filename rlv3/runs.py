@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -143,6 +144,8 @@ class Run:
         self._before = manager.steps - done
 
     def __enter__(self) -> Self:
+        for package in ("tensorboard", "matplotlib"):  # before hours of training, not after
+            require(package, "train")
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._resumed:
             self.rows = read_metrics(self.folder / METRICS, upto=self._before + self._done)
@@ -163,7 +166,7 @@ class Run:
         self._csv = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
         self._csv.writeheader()
         self._csv.writerows(self.rows)
-        board = require("torch.utils.tensorboard", "train")
+        board = import_module("torch.utils.tensorboard")
         self._board = board.SummaryWriter(
             str(self.folder), purge_step=self._before + self._done if self._resumed else None
         )

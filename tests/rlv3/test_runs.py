@@ -158,6 +158,8 @@ def test_recipes_ship_and_are_named_in_the_help(name: str) -> None:
     train = get_command(app).commands["train"]  # type: ignore[attr-defined]
     (option,) = (p for p in train.params if p.name == "config")
     assert name in option.help
+    guide = Path(__file__).parents[2] / "docs" / "training.md"
+    assert f"| `{name}` |" in guide.read_text("utf-8")
 
 
 def test_an_unknown_recipe_is_refused() -> None:
