@@ -55,13 +55,15 @@ def _worker(arguments: list[str]) -> None:
     main()
 
 
-def _naive(arguments: list[str]) -> None:
+def _ordinary(arguments: list[str]) -> None:
     from tests.chaos.naive import consume
 
     consume(*arguments)
 
 
-def _become(program: Callable[[list[str]], None], arguments: list[str], log: str) -> None:
+def _become(
+    program: Callable[[list[str]], None], arguments: list[str], log: str, skew_s: float
+) -> None:
     """Turn a forked process into one of our programs."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -70,6 +72,9 @@ def _become(program: Callable[[list[str]], None], arguments: list[str], log: str
     os.dup2(descriptor, 2)
     for name in [name for name in os.environ if name.startswith(("REDIS_", "RLV3_"))]:
         del os.environ[name]
+    if skew_s:
+        right = time.time
+        time.time = lambda: right() + skew_s
     program(arguments)
 
 
@@ -81,12 +86,17 @@ class Forked:
     """
 
     def __init__(
-        self, context: ForkServerContext, log: Path, *arguments: str, naive: bool = False
+        self,
+        context: ForkServerContext,
+        log: Path,
+        *arguments: str,
+        naive: bool = False,
+        skew_s: float = 0.0,
     ) -> None:
         self.log = log
-        program = _naive if naive else _worker
+        program = _ordinary if naive else _worker
         self._process = context.Process(
-            target=_become, args=(program, list(arguments), str(log)), daemon=True
+            target=_become, args=(program, list(arguments), str(log), skew_s), daemon=True
         )
         self._process.start()
         assert self._process.pid is not None

@@ -5,10 +5,12 @@ A stage lasts for one seed. Faults (`faults.py`) drive it; `judge` says whether 
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import tempfile
 import time
+from collections import Counter
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +20,10 @@ import redis
 
 from shadow.records import Entry
 from tests.chaos import workload
-from tests.chaos.oracle import KEYS, Ledger, Verdict, compare, undisturbed
+from tests.chaos.oracle import KEYS, Ledger, Row, Verdict, compare, undisturbed
 from tests.chaos.programs import Forked, wait_until
 from tests.chaos.proxy import COMMIT_SCRIPT, Proxy
-from tests.chaos.workload import Producer
+from tests.chaos.workload import Producer, id_key
 from worker.embedded import RedisServer, ServerBinary
 
 BARS, TICKS_PER_BAR = 50, 6
@@ -68,6 +70,9 @@ class Stage:
         self.producer = Producer(
             self.server.url, self.history, random.Random(seed), chunk=24, pause_s=0.012
         )
+        self.before: list[Entry] = []
+        self.floor = 0
+        self.skew_s = 0.0
         self.programs: list[Forked] = []
         self.problems: list[str] = []
         self._before: Any = None
@@ -99,17 +104,22 @@ class Stage:
         """Start another of our programs."""
         return self._start(list(arguments))
 
+    def naive(self) -> Forked:
+        """Start the ordinary consumer behind the proxy."""
+        return self._start([self.proxy.url], naive=True)
+
     def _start(self, arguments: list[str], *, naive: bool = False) -> Forked:
         log = self.directory / f"{len(self.programs)}.log"
-        program = Forked(self.context, log, *arguments, naive=naive)
+        program = Forked(self.context, log, *arguments, naive=naive, skew_s=self.skew_s)
         self.programs.append(program)
         return program
 
-    def begin(self) -> Forked:
+    def begin(self, *flags: str) -> Forked:
         """Start producer and worker; return the worker when it has decided something."""
         self._meet_stranger()
+        self.floor = sum(path.stat().st_size for path in self.appended())
         self.producer.start()
-        worker = self.worker()
+        worker = self.worker(*flags)
         self.until_read(self.rng.randint(1, len(self.history) // 3))
         return worker
 
@@ -126,6 +136,107 @@ class Stage:
         group = self.link.xinfo_groups(KEYS.stream("market.tick"))
         pending = self.link.xpending(KEYS.stream("market.tick"), STRANGER)
         return [(g["name"], g["consumers"], g["last-delivered-id"]) for g in group], pending
+
+    def begin_with(self, part: list[Entry], *flags: str) -> Forked:
+        """Start with a part of the history; return the worker when it has read all of that."""
+        self.before = part
+        workload.append(self.link, part)
+        tick = KEYS.stream("market.tick")
+        self.link.xgroup_create(tick, STRANGER, "0")
+        worker = self.worker(*flags)
+        self.until_read(len(part))
+        return worker
+
+    def cut(self) -> list[Entry]:
+        """Take a random first part off the history, and return it."""
+        n = self.rng.randint(len(self.history) // 4, len(self.history) // 2)
+        part, self.history = self.history[:n], self.history[n:]
+        return part
+
+    def continue_with_rest(self) -> None:
+        """Produce what `cut` left."""
+        self.producer.history = self.history
+        self.producer.start()
+
+    def forget_stranger(self) -> None:
+        """Its group went with the stream."""
+        self._before = None
+
+    def disturb_history(self) -> tuple[int, int]:
+        """Repeat and delay some ticks; return how many of each."""
+        by_symbol: dict[str, list[Entry]] = {}
+        for entry in self.history:
+            if entry.event_type == workload.TICK and b'"n"' in entry.fields[b"payload"]:
+                by_symbol.setdefault(json.loads(entry.fields[b"payload"])["symbol"], []).append(
+                    entry
+                )
+        made: list[Entry] = []
+        done = [0, 0]
+        for ticks in by_symbol.values():
+            for at in self.rng.sample(range(len(ticks) - 6), 12):
+                late = self.rng.random() < 0.5
+                body = json.loads(ticks[at].fields[b"payload"])
+                if late:
+                    body["price"] *= 1.0001
+                after = ticks[at + self.rng.randint(1, 5)]
+                ms, _, seq = after.entry_id.partition("-")
+                made.append(
+                    after._replace(
+                        entry_id=f"{ms}-{int(seq) + 600 + len(made)}",
+                        fields={**after.fields, b"payload": json.dumps(body).encode()},
+                    )
+                )
+                done[late] += 1
+        self.history = sorted([*self.history, *made], key=workload.in_order)
+        return done[0], done[1]
+
+    def to_the_future(self, n: int) -> None:
+        """Give the last ticks ids an hour ahead, as a server does whose clock went back."""
+        ahead_ms = int(time.time() * 1_000) + 3_600_000
+        last = [entry for entry in self.history[-n:] if entry.event_type == workload.TICK]
+        self.history[-n:] = [
+            entry._replace(entry_id=f"{ahead_ms}-{i}") for i, entry in enumerate(last)
+        ]
+
+    def replica(self) -> RedisServer:
+        """Start a replica of the stage's Redis."""
+        self.link.config_set("repl-diskless-sync-delay", 0)
+        replica = self.serve("replica")
+        with redis.Redis.from_url(replica.url) as link:
+            link.replicaof("127.0.0.1", str(self.server.port))
+            wait_until(lambda: link.info("replication")["master_link_status"] == "up")
+        return replica
+
+    def detach(self, replica: RedisServer) -> None:
+        """From now on the replica lags; it will be promoted as it is."""
+        with redis.Redis.from_url(replica.url) as link:
+            link.replicaof("NO", "ONE")
+
+    def promote(self, replica: RedisServer) -> None:
+        """Everybody uses the former replica from now on."""
+        self.server = replica
+        self.link.close()
+        self.link = redis.Redis.from_url(replica.url)
+        self.proxy.target_url = self.producer.url = replica.url
+
+    def appended(self) -> list[Path]:
+        """Return the append-only file that is written to."""
+        return [
+            path
+            for path in self.server.directory.rglob("*.aof")
+            if path.name == "appendonly.aof" or ".incr." in path.name
+        ]
+
+    def trim(self) -> None:
+        """Trim random streams to a random length."""
+        for stream in sorted({entry.stream for entry in self.history}):
+            if self.rng.random() < 0.7:
+                self.link.xtrim(stream, maxlen=self.rng.randint(0, 40), approximate=False)
+
+    def produce_more(self) -> None:
+        """Wait until the producer is a random way further."""
+        goal = self.producer.sent + self.rng.randint(20, 150)
+        wait_until(lambda: self.producer.sent >= min(goal, len(self.producer.history)))
 
     # -- waiting ----------------------------------------------------------------------------------
 
@@ -178,6 +289,27 @@ class Stage:
             if code != 0:
                 self.problems.append(f"exit {code} after SIGTERM: {program.said()[-300:]}")
 
+    # -- what is there ----------------------------------------------------------------------------
+
+    def decisions(self) -> dict[str, Row]:
+        """Return our decisions by id."""
+        return {row["decision_id"]: row for row in Ledger.found(self.link).decisions}
+
+    def rewritten(self, seen: dict[str, Row]) -> dict[str, Row]:
+        """Return the decisions that were something else before."""
+        now = self.decisions()
+        return {name: now[name] for name in seen.keys() & now.keys() if seen[name] != now[name]}
+
+    def losses(self) -> dict[str, int]:
+        """Return the worker's count of lost entries."""
+        meta = self.link.hgetall(KEYS.meta)
+        named = {k.decode()[5:]: int(v) for k, v in meta.items() if k.startswith(b"lost:")}
+        return {name: n for name, n in named.items() if n}
+
+    def known_symbols(self) -> set[str]:
+        """Return the symbols that have a state."""
+        return {name.decode() for name in self.link.smembers(KEYS.symbols)} - {""}
+
     # -- the oracle -------------------------------------------------------------------------------
 
     def judge(
@@ -206,6 +338,74 @@ class Stage:
         )
         self.expect("keys that are not ours", foreign, set())
         return verdict._replace(problems=(*verdict.problems, *self.problems))
+
+    def reference(self, history: list[Entry]) -> tuple[Ledger, dict[str, int]]:
+        """Return what an undisturbed run over a history gives."""
+        outputs, counts = undisturbed(history, self.policy)
+        return Ledger.expected(outputs), counts
+
+    def judge_ids(self, history: list[Entry]) -> Verdict:
+        """Compare which decisions there are and their order per symbol, but no values."""
+        expected = self.reference(history)[0].decisions
+        verdict = self._order(expected, Ledger.found(self.link).decisions)
+        return verdict._replace(problems=(*verdict.problems, *self.problems))
+
+    @staticmethod
+    def _order(expected: list[Row], found: list[Row]) -> Verdict:
+        names = ("decision_id", "symbol", "source_entry_id")
+        bare = [[{name: row[name] for name in names} for row in rows] for rows in (expected, found)]
+        return compare(Ledger(bare[0], []), Ledger(bare[1], []))
+
+    def judge_without(self, symbol: str) -> Verdict:
+        """Compare everything about all symbols but one, and which decisions that one has."""
+        expected, _ = self.reference(self.history)
+        found = Ledger.found(self.link)
+        others = [
+            Ledger(*([row for row in rows if row["symbol"] not in (symbol, "")] for rows in ledger))
+            for ledger in (expected, found)
+        ]
+        runs = {row["run_id"] for row in found.decisions}
+        self.expect("runs", len(runs), 1)
+        return compare(*others) + self.judge_ids(self.history)
+
+    def judge_losses(self) -> Verdict:
+        """Check that what was read and what is reported as lost is what was produced."""
+        wait_until(self.producer.done, self.trouble)
+        produced = Counter(entry.event_type for entry in self.history)
+        exact = self.server.tier == "7"
+        newest = {entry.stream: entry.entry_id for entry in self.history}
+
+        def caught_up() -> bool:
+            cursors = json.loads(self.link.hget(KEYS.meta, "cursors") or "{}")
+            ends = {s: self._last_id(s) for s in newest}
+            present = [s for s in newest if self.link.xlen(s)]
+            return all(id_key(cursors[s]) >= id_key(ends[s]) for s in present)
+
+        wait_until(caught_up, self.trouble)
+        time.sleep(0.4)  # losses are looked for four times a second
+        self.finish()
+        read: Counter[str] = Counter()
+        for name, n in self.counts().items():
+            read[name.rpartition(":")[0]] += n
+        truth = {
+            name: produced[name] - read[name] for name in produced if produced[name] > read[name]
+        }
+        if exact:
+            self.expect("losses", self.losses(), truth)
+        elif truth:
+            said = "".join(program.said() for program in self.programs)
+            self.expect("losses are said", "ENTRIES_LOST" in said, True)
+        found = Ledger.found(self.link).decisions
+        made = {(row["source_stream"], row["source_entry_id"]) for row in found}
+        expected = self.reference(self.history)[0].decisions
+        kept = [row for row in expected if (row["source_stream"], row["source_entry_id"]) in made]
+        decided = sum(n for name, n in self.counts().items() if name.endswith(":decided"))
+        self.expect("decisions", len(found), decided)
+        verdict = self._order(kept, found)
+        return verdict._replace(problems=(*verdict.problems, *self.problems))
+
+    def _last_id(self, stream: str) -> str:
+        return str(self.link.xinfo_stream(stream)["last-generated-id"].decode())
 
     def expect(self, what: str, found: object, expected: object) -> None:
         """Note a promise that was not kept."""

@@ -174,12 +174,12 @@ class Producer(threading.Thread):
         self._rng = rng
         self._chunk = chunk
         self._pause_s = pause_s
-        self._rewinding = False
+        self.rewinding = False
         self._halted = False
 
     def rewind(self) -> None:
         """Look again at what Redis has, and continue from there."""
-        self._rewinding = True
+        self.rewinding = True
 
     def halt(self) -> None:
         """Stop appending."""
@@ -187,7 +187,7 @@ class Producer(threading.Thread):
 
     def done(self) -> bool:
         """Return True when Redis has everything."""
-        return self.sent >= len(self.history) and not self._rewinding
+        return self.sent >= len(self.history) and not self.rewinding
 
     def run(self) -> None:
         """Append everything, until halted: Redis may lose something after the last entry."""
@@ -201,15 +201,15 @@ class Producer(threading.Thread):
                 if url != self.url:
                     url = self.url
                     link = redis.Redis.from_url(url)
-                if self._rewinding:
+                if self.rewinding:
                     self.sent = self._first_missing(link)
-                    self._rewinding = False
+                    self.rewinding = False
                 chunk = self.history[self.sent : self.sent + self._rng.randint(1, self._chunk)]
                 append(link, chunk)
                 self.sent += len(chunk)
                 time.sleep(self._rng.random() * self._pause_s)
             except redis.RedisError:
-                self._rewinding = True
+                self.rewinding = True
                 time.sleep(0.02)
         link.close()
 
@@ -229,7 +229,7 @@ class Producer(threading.Thread):
 
 def append(link: redis.Redis, chunk: Iterable[Entry]) -> None:
     """Append entries under their own ids; those that are there already stay as they are."""
-    batch = link.pipeline(transaction=False)
+    batch = link.pipeline(transaction=True)
     for entry in chunk:
         batch.xadd(entry.stream, dict(entry.fields), id=entry.entry_id)
     for reply in batch.execute(raise_on_error=False):
