@@ -196,7 +196,8 @@ def _equity_check(bars: Bars, traded: Mapping[str, Traded]) -> Check:
 def _incident_check(db: duckdb.DuckDBPyConnection) -> Check:
     found = db.execute(
         """
-        SELECT reason, count(*) FROM ledger WHERE reason NOT IN ('minute', 'stop', 'conflated')
+        SELECT reason, count(*) FROM ledger
+        WHERE reason NOT IN ('minute', 'stop', 'conflated', 'swap')
         GROUP BY 1 ORDER BY 1
         """
     ).fetchall()

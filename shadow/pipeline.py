@@ -168,7 +168,6 @@ class Pipeline:
         self._own_dirty = False
         self._streams: dict[str, str] = {}  # logical name -> full key, as read
         self._interval = f"{policy.step_seconds // 60}m"
-        self._use_masks = policy.metadata["mask_rule"] != "none"
         self._latency_us = settings.latency_ms * 1_000
         self._max_age_us = (
             None if settings.max_event_age_s is None else int(settings.max_event_age_s * 1e6)
@@ -185,14 +184,23 @@ class Pipeline:
         self._now_ms = 0.0
         self._conflating = False
 
+    @property
+    def _use_masks(self) -> bool:
+        return bool(self.policy.metadata["mask_rule"] != "none")
+
     # -- a run's life ----------------------------------------------------------------------------
 
-    def begin(self, cursors: Mapping[str, str]) -> Commit:
+    def begin(self, cursors: Mapping[str, str], policy: Policy | None = None) -> Commit:
         """Start a run at the given cursors: its identity, and the row that freezes its settings.
 
-        After a change of policy, positions that the former policy opened close at the next price.
+        Where a run went before, positions that it opened close at the next price.
+
+        Args:
+            cursors: full stream key -> id of the last entry folded.
+            policy: who decides from here on, with steps as long as before; None for the same.
         """
         swapped = bool(self.run_id)
+        self.policy = policy or self.policy
         rules = {k: v for k, v in self.settings.dump().items() if k not in _BATCH_LIMITS}
         self.run_id = record_id(
             "run",
@@ -204,6 +212,7 @@ class Pipeline:
         if swapped:
             gaps, price_gaps, swaps = self.marks
             self.marks = gaps, price_gaps, swaps + 1
+            self._ledger("swap", self._ledger_minute, ())
         self._own_dirty = True
         self._emit(self._run_row(max((_id_us(c) for c in cursors.values()), default=0)))
         return self._finish({}, 0)

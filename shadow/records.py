@@ -255,7 +255,7 @@ class LedgerRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="le
     """Empty: the ledger is about streams."""
     event_ts_us: int
     reason: str
-    """minute, stop, conflated, lost or order."""
+    """minute, stop, conflated, lost, order, swap (another run begins) or corrupt_state."""
     counts: dict[str, dict[str, int]]
     """stream name -> outcome -> entries; beside the outcomes, `lost` where that is counted."""
     entry_ids: tuple[str, ...]

@@ -33,8 +33,11 @@ from worker.recorder import CUT, OUTPUTS, Cut, Snapshot, load_snapshot, raw_tabl
 
 _BATCH = 64
 _EXAMPLES = 5
-_RECOMPUTED = ("minute", "conflated", "lost", "order")  # all reasons but stop
-_NOTED = (b"conflated", b"lost", b"order")  # in the payload of every row that the fold needs
+_RECOMPUTED = ("minute", "conflated", "lost", "order", "swap")  # all reasons but stop
+_MARKING = ("conflated", "lost", "order", "swap")
+_NOTED = tuple(
+    reason.encode() for reason in _MARKING
+)  # in the payload of every row that the fold needs
 
 
 class Audit(NamedTuple):
@@ -95,8 +98,8 @@ def audit(recording: Path, tables_dir: Path | None = None) -> Audit:
     snapshot = load_snapshot(recording)
     reader = _Reading(recording, snapshot)
     pipeline = _restored(recording, snapshot, tables_dir)
-    comparison = _Comparing(pipeline.run_id)
     replay = _Replay(reader, pipeline)
+    comparison = _Comparing(replay.runs)
     for commit in replay.commits():
         comparison.computed(commit.outputs)
         comparison.recorded(reader.outputs, len(comparison.waiting_computed))
@@ -134,7 +137,7 @@ class _Reading:
             if not any(word in payload for word in _NOTED):
                 continue
             row = decode_record(name, payload)
-            if not isinstance(row, LedgerRow) or row.reason not in ("conflated", "lost", "order"):
+            if not isinstance(row, LedgerRow) or row.reason not in _MARKING:
                 continue
             mark = _Mark(row, _folded(row))
             if row.reason == "order":  # one commit: what it left out lies within
@@ -184,8 +187,12 @@ class _Reading:
             raise DataError(f"recording {self.recording} is damaged: {error}") from error
 
 
+def _artifact(recording: Path, digest: str) -> Policy:
+    return Policy.load(recording / "artifacts" / f"{digest}.safetensors")
+
+
 def _restored(recording: Path, snapshot: Snapshot, tables_dir: Path | None) -> Pipeline:
-    policy = Policy.load(recording / "artifacts" / f"{snapshot.policy}.safetensors")
+    policy = _artifact(recording, snapshot.policy)
     settings = snapshot.settings
     tables = QTables.load(tables_dir) if settings.rl_v2 == "reference" else None
     digest, expected = None if tables is None else tables.digest, snapshot.frozen["tables"]
@@ -274,6 +281,9 @@ class _Replay:
         self._pipeline = pipeline
         self._marks = reader.marks()
         self._inputs = _Inputs(reader, self._marks)
+        self.runs = {pipeline.run_id} | {mark.row.run_id for mark in self._marks}
+        self._recording = reader.recording
+        self._cursors = dict(reader.snapshot.cursors)
         self._names = {reader.keys.stream(name): name for name in reader.snapshot.inputs}
         self.before = self.folded = sum(pipeline.counts.values())
 
@@ -283,6 +293,9 @@ class _Replay:
             if mark.row.reason == "lost":
                 yield from self._fold_to(mark.folded)
                 self._lose(mark)
+            elif mark.row.reason == "swap":
+                yield from self._fold_to(mark.folded)
+                yield self._swap(mark)
             elif mark.row.reason == "order":
                 yield from self._fold_to(mark.first)
                 entries = [self._inputs.named(*place) for place in mark.ids]
@@ -323,7 +336,18 @@ class _Replay:
             )
             entries = entries[commit.taken :]
             self.folded += commit.taken
+            self._cursors |= commit.cursors
             yield commit
+
+    def _swap(self, mark: _Mark) -> Commit:
+        policy = _artifact(self._recording, mark.row.policy_digest)
+        commit = self._pipeline.begin(self._cursors, policy)
+        if self._pipeline.run_id != mark.row.run_id:
+            raise CheckFailed(
+                "expected the settings of the recording's start, found that run "
+                f"{mark.row.run_id} began with others; record it anew"
+            )
+        return commit
 
     def _lose(self, mark: _Mark) -> None:
         (stream, after), (_, upto) = mark.ids
@@ -331,14 +355,15 @@ class _Replay:
         total = mark.row.counts.get(name, {}).get("lost")
         known = self._pipeline.lost.get(name, 0)
         entries = None if total is None or known is None else total - known
+        self._cursors[stream] = upto
         self._pipeline.lose(name, entries, stream=stream, after=after, upto=upto)
 
 
 class _Comparing:
     """Matches computed and recorded records by their ids, whichever comes first."""
 
-    def __init__(self, run_id: str) -> None:
-        self.run_id = run_id
+    def __init__(self, runs: set[str]) -> None:
+        self.runs = runs
         self.waiting_computed: dict[tuple[str, str], bytes] = {}
         self.waiting_recorded: dict[tuple[str, str], bytes] = {}
         self.equal: Counter[str] = Counter()
@@ -367,10 +392,10 @@ class _Comparing:
                     continue
                 if record.reason == "conflated":
                     self.conflated += len(record.entry_ids)
-            if isinstance(record, RunRow) and record.run_id != self.run_id:
+            if isinstance(record, RunRow) and record.run_id not in self.runs:
                 raise CheckFailed(
-                    f"expected one run in the recording, {self.run_id}, found that "
-                    f"{record.run_id} began; record it anew"
+                    f"expected the recording's runs to follow each other, found that "
+                    f"{record.run_id} began on its own; record it anew"
                 )
             key, content = _comparable(record)
             self._match(key, content, self.waiting_computed, self.waiting_recorded)

@@ -396,6 +396,15 @@ class Bus:
         if not await self._sink.call("EXISTS", key):
             await self._sink.call("SET", key, source)
 
+    async def committed_artifact(self) -> bytes | None:
+        """Return the bytes of the artifact in force; None where they are not kept, or damaged."""
+        digest = await self._sink.call("HGET", self.keys.meta, "policy")
+        if digest is None:
+            return None
+        source: bytes | None = await self._sink.call("GET", self.keys.artifact(digest.decode()))
+        whole = source is not None and hashlib.sha256(source).hexdigest() == digest.decode()
+        return source if whole else None
+
     # -- reading ----------------------------------------------------------------------------------
 
     async def read(self, count: int) -> Batch:

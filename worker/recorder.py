@@ -21,6 +21,7 @@ from redis.asyncio import Redis
 
 from rlv3.errors import DataError, UserError
 from shadow.pipeline import Settings
+from shadow.records import RunRow
 from shadow.segments import (
     START,
     SegmentWriter,
@@ -29,7 +30,7 @@ from shadow.segments import (
     parse_id,
     write_durably,
 )
-from shadow.store import COMPARISONS, DECISIONS
+from shadow.store import COMPARISONS, DECISIONS, decode_record
 from worker.keys import Keys
 from worker.tail import (
     AWAY,
@@ -239,7 +240,9 @@ class Recorder:
         """Read until everything up to a cut is taken; False when a flush is due before that."""
         while not self._due():
             taken = self._take(self.inputs, await read(self.source, self.inputs, _BATCH))
-            taken += self._take(self.outputs, await read(self.sink, self.outputs, _BATCH))
+            found = await read(self.sink, self.outputs, _BATCH)
+            await self._copy_artifacts(found)
+            taken += self._take(self.outputs, found)
             # what a cut names may have been trimmed; when nothing is left to read, it is reached
             if not taken or (
                 _reached(self.inputs, cut.cursors) and _reached(self.outputs, cut.ends)
@@ -254,14 +257,30 @@ class Recorder:
             for stream in self.outputs:
                 batch.xrevrange(stream, count=1)
             (cursors, policy), *newest = await batch.execute()
-        if policy is not None and (digest := policy.decode()) not in self._policies:
-            if not await copy_artifact(self.sink, self.keys, digest, self.writer.directory):
-                log.warning("ARTIFACT_ABSENT", digest=digest)
-            self._policies.add(digest)
+        if policy is not None:
+            await self._copy_artifact(policy.decode())
         return Cut(
             cursors={} if cursors is None else _cursors(cursors),
             ends=dict(zip(self.outputs, map(_newest, newest), strict=True)),
         )
+
+    async def _copy_artifacts(self, found: Reply) -> None:
+        """Copy the artifact of every run that begins, also of one that was soon replaced."""
+        for name, entries in found:
+            if name.decode() != self.keys.comparisons:
+                continue
+            for _, fields in entries:
+                payload = fields.get(b"payload", b"")
+                if b"action_table" in payload:  # nothing but a run's row has one
+                    row = decode_record(COMPARISONS, payload)
+                    if isinstance(row, RunRow):
+                        await self._copy_artifact(row.policy_digest)
+
+    async def _copy_artifact(self, digest: str) -> None:
+        if digest not in self._policies:
+            if not await copy_artifact(self.sink, self.keys, digest, self.writer.directory):
+                log.warning("ARTIFACT_ABSENT", digest=digest)
+            self._policies.add(digest)
 
     def _note(self, cut: Cut) -> None:
         text = json.dumps({"cursors": cut.cursors, "ends": cut.ends}, sort_keys=True)

@@ -13,6 +13,7 @@ very commit is repeated until it is applied, so memory and Redis never disagree.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -24,11 +25,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlv3.errors import PolicyError
 from rlv3.policy import Policy
 from shadow.pipeline import Pipeline, Settings
 from shadow.records import Commit, Entry, decode_comparison
 from shadow.rl_v2 import QTables
 from shadow.symbol import StateError
+from worker.artifact import LOOK_S, ArtifactWatch, policy_at_start
 from worker.bus import Batch, Bus, BusError, Start, StateLost
 from worker.config import WorkerConfig
 from worker.errors import RedisUnavailable
@@ -57,18 +60,6 @@ class _Stopped(Exception):
     """Asked to stop while Redis was away."""
 
 
-def load_policy(config: WorkerConfig) -> Policy:
-    """Read the artifact and refuse one that must not be served.
-
-    Raises:
-        PolicyError: it cannot be used, was trained on another env, or has no training steps and
-            `allow_untrained` is off.
-    """
-    policy = Policy.load(config.policy)
-    policy.check_serving(allow_untrained=config.allow_untrained)
-    return policy
-
-
 def settings_of(config: WorkerConfig) -> Settings:
     """Return what the pipeline freezes for a run."""
     return Settings(
@@ -81,12 +72,11 @@ def settings_of(config: WorkerConfig) -> Settings:
 
 
 async def run(config: WorkerConfig, log: Log) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM or SIGINT; SIGHUP looks at the artifact at once.
 
     Raises:
         UserError: with the exit code of the design; one sentence.
     """
-    policy = load_policy(config)
     tables = QTables.load(config.rl_v2_tables) if config.rl_v2 == "reference" else None
     bus = Bus(
         config.source_url,
@@ -98,11 +88,13 @@ async def run(config: WorkerConfig, log: Log) -> None:
         comparisons_cap=config.comparisons_cap,
         dlq_cap=config.dlq_cap,
     )
-    worker = Worker(config, bus, policy, tables, log)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, worker.stop)
     try:
+        policy = await policy_at_start(config, bus, log)
+        worker = Worker(config, bus, policy, tables, log)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, worker.stop)
+        loop.add_signal_handler(signal.SIGHUP, worker.reload)
         await worker.run()
     finally:
         await bus.close()
@@ -122,6 +114,9 @@ class Worker:
         self.settings = settings_of(config)
         self.pipeline = self._new_pipeline()
         self._stopping = asyncio.Event()
+        self._hangup = asyncio.Event()
+        self._artifact = ArtifactWatch(config, policy)
+        self._next: Policy | None = None
         self._lag_ms = 0.0
         self._ahead = 0
         self._dropped = 0
@@ -138,6 +133,10 @@ class Worker:
         """Finish the commit in hand and return from `run`."""
         self._stopping.set()
 
+    def reload(self) -> None:
+        """Look at the artifact now, whether its file seems changed or not."""
+        self._hangup.set()
+
     async def run(self) -> None:
         """Start, serve and drain; start again should Redis lose our state under us."""
         await self.bus.connect()
@@ -147,20 +146,27 @@ class Worker:
                 msg=f"Redis {'.'.join(map(str, server.version))} at {server.url}",
                 tier=server.tier,
             )
-        while not self._stopping.is_set():
-            try:
-                await self._serve()
-            except StateLost as error:
-                self.log.error("STATE_LOST", msg=f"{error}; starting again from what is there")
-            except _Stopped as error:
-                raise RedisUnavailable(
-                    f"stopped while Redis was away ({error.__cause__}); what was not committed is "
-                    "folded again at the next start"
-                ) from error
+        watching = asyncio.create_task(self._watch_artifact())
+        try:
+            while not self._stopping.is_set():
+                try:
+                    await self._serve()
+                except StateLost as error:
+                    self.log.error("STATE_LOST", msg=f"{error}; starting again from what is there")
+        except _Stopped as error:
+            raise RedisUnavailable(
+                f"stopped while Redis was away ({error.__cause__}); what was not committed is "
+                "folded again at the next start"
+            ) from error
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
 
     async def _serve(self) -> None:
         await self._start()
         while not self._stopping.is_set():
+            if self._next is not None:
+                await self._swap(self._next)
             batch = await self._persist(lambda: self.bus.read(READ_COUNT))
             self._lag_ms = batch.lag_ms
             self._lose(batch)
@@ -245,6 +251,46 @@ class Worker:
                 newest = self.bus.cursors[self.bus.keys.stream(event_type)]
                 entries += await self.bus.history(event_type, newest, HISTORY)
         return self.pipeline.warm_up(entries)
+
+    # -- another policy ---------------------------------------------------------------------------
+
+    async def _watch_artifact(self) -> None:
+        """Look at the artifact's file every second and at SIGHUP, beside the loop."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hangup.wait(), LOOK_S)
+            asked = self._hangup.is_set()
+            self._hangup.clear()
+            if not self._artifact.changed() and not asked:
+                continue
+            try:
+                self._next = await asyncio.to_thread(self._artifact.load)
+            except PolicyError as error:
+                self.log.error(
+                    "POLICY_REFUSED",
+                    msg=f"{error}; the one in force stays",
+                    policy=self.policy.digest,
+                )
+            else:
+                if asked and self._next is None:
+                    self.log.info(
+                        "POLICY_UNCHANGED", msg="is in force already", policy=self.policy.digest
+                    )
+
+    async def _swap(self, policy: Policy) -> None:
+        """Let another policy decide from the next entry on: a new run, committed like any event."""
+        former, self._next = self.policy, None
+        await self._persist(lambda: self.bus.store_artifact(policy.digest, policy.source))
+        self.policy = self._artifact.policy = policy
+        self._meta["policy"] = policy.digest
+        await self._persist(self._committing(self.pipeline.begin(self.bus.cursors, policy)))
+        self.log.info(
+            "POLICY_SWAPPED",
+            msg="another artifact decides from here on: a new run",
+            former=former.digest,
+            policy=policy.digest,
+            run_id=self.pipeline.run_id,
+        )
 
     def _new_pipeline(self) -> Pipeline:
         return Pipeline(self.policy, self.tables, self.settings, self.config.inputs)

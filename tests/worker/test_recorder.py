@@ -21,9 +21,10 @@ import redis
 
 from rlv3.errors import DataError
 from rlv3.features import Normaliser
-from rlv3.policy import build_artifact
+from rlv3.policy import Policy, build_artifact, shipped_policy
 from shadow.segments import list_segments, read_position
 from worker import logs
+from worker.artifact import load_policy
 from worker.audit import Audit, audit, show
 from worker.bus import Bus
 from worker.config import WorkerConfig
@@ -31,7 +32,7 @@ from worker.embedded import RedisServer, leashed
 from worker.errors import CheckFailed
 from worker.keys import Keys
 from worker.recorder import load_snapshot, record
-from worker.service import Worker, load_policy
+from worker.service import Worker
 
 KEYS = Keys()
 T0 = 1_700_000_040_000  # a bar boundary
@@ -295,6 +296,8 @@ def test_lost_and_disordered_entries_are_found_again(
             await folded(worker, third)
             append(redis_server, ahead[:70])
             await folded(worker, third + 70)
+            newest = max(id_ for name, id_, _ in entries[:third] if name.endswith("tick"))
+            await until(lambda: recorded_to(tmp_path, newest))  # else the recorder loses them, too
             with redis.Redis.from_url(redis_server.url) as client, client.pipeline() as batch:
                 for name, entry_id, fields in entries[third : 2 * third]:
                     batch.xadd(name, fields, id=entry_id)
@@ -318,6 +321,40 @@ def test_lost_and_disordered_entries_are_found_again(
     assert reasons["lost"] == 1
     assert reasons["order"] >= 3
     assert reasons["conflated"] > 0 or conflate_after is None
+
+
+def test_a_swap_of_policy_is_found_again(
+    redis_server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    served = tmp_path / "served.safetensors"
+    served.write_bytes(artifact.read_bytes())
+    config = config_of(redis_server, served)
+    entries = feed(8)
+    half = len(entries) // 2
+
+    async def main() -> tuple[int, Worker]:
+        out = tmp_path / "recording"
+        async with recording(config, out), working(config) as worker:
+            await until(snapshot_taken(out))
+            append(redis_server, entries[:half])
+            await folded(worker, half)
+            served.write_bytes(shipped_policy().read_bytes())
+            await until(lambda: reasons_of(redis_server)["swap"] == 1)
+            append(redis_server, entries[half:])
+            await folded(worker, len(entries))
+        return decided(worker), worker
+
+    decisions, worker = asyncio.run(main())
+    assert worker.policy.digest == Policy.load(shipped_policy()).digest
+    found = audit(tmp_path / "recording")
+    check_complete(found, decisions)
+    assert found.equal["run"] == 1
+
+
+def recorded_to(recorded: Path, entry_id: str) -> bool:
+    """Tell whether a recording's cut names an entry."""
+    position = read_position(recorded)
+    return position is not None and entry_id in position.notes["cut"]
 
 
 def reasons_of(server: RedisServer) -> Counter[str]:
