@@ -37,6 +37,7 @@ from worker.config import WorkerConfig
 from worker.errors import RedisUnavailable
 from worker.keys import Keys
 from worker.logs import Log, log_comparison
+from worker.progress import Progress, Watchdog
 
 READ_COUNT = 256
 """Entries asked of each stream at a time."""
@@ -117,7 +118,7 @@ class Worker:
         self._hangup = asyncio.Event()
         self._artifact = ArtifactWatch(config, policy)
         self._next: Policy | None = None
-        self._lag_ms = 0.0
+        self.progress = Progress()
         self._ahead = 0
         self._dropped = 0
         self._latencies: deque[float] = deque(maxlen=LATENCY_SAMPLES)
@@ -148,11 +149,8 @@ class Worker:
             )
         watching = asyncio.create_task(self._watch_artifact())
         try:
-            while not self._stopping.is_set():
-                try:
-                    await self._serve()
-                except StateLost as error:
-                    self.log.error("STATE_LOST", msg=f"{error}; starting again from what is there")
+            with Watchdog(self.progress, self.log):
+                await self._serve_on()
         except _Stopped as error:
             raise RedisUnavailable(
                 f"stopped while Redis was away ({error.__cause__}); what was not committed is "
@@ -162,20 +160,27 @@ class Worker:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
+    async def _serve_on(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                await self._serve()
+            except StateLost as error:
+                self.log.error("STATE_LOST", msg=f"{error}; starting again from what is there")
+
     async def _serve(self) -> None:
         await self._start()
         while not self._stopping.is_set():
             if self._next is not None:
                 await self._swap(self._next)
-            batch = await self._persist(lambda: self.bus.read(READ_COUNT))
-            self._lag_ms = batch.lag_ms
+            batch = await self._persist(lambda: self.bus.read(READ_COUNT), "read")
+            self.progress.lag_ms = batch.lag_ms
             self._lose(batch)
             if batch.entries:
                 await self._fold(batch)
             elif batch.lost:
                 await self._persist(self._committing(self.pipeline.run([], now_ms=0.0)))
             else:
-                await self._until_stopped(self._persist(self.bus.wait))
+                await self._until_stopped(self._persist(self.bus.wait, "wait"))
             await self._tend()
         await self._persist(self._committing(self.pipeline.stop()))
         self._log_heartbeat()
@@ -308,12 +313,12 @@ class Worker:
             )
         entries, due = batch.entries, len(batch.entries) - batch.ahead
         while entries and not self._stopping.is_set():
-            self._lag_ms = max(0.0, self.bus.server_ms() - entries[0].id_ms)
+            lag_ms = self.progress.lag_ms = max(0.0, self.bus.server_ms() - entries[0].id_ms)
             after = self.config.conflate_after
             commit = self.pipeline.run(
                 entries,
                 now_ms=time.time() * 1000,
-                conflate=after is not None and self._lag_ms > after,
+                conflate=after is not None and lag_ms > after,
                 ahead=len(entries) - max(due, 0),
             )
             await self._persist(self._committing(commit))
@@ -341,10 +346,10 @@ class Worker:
         now = time.monotonic()
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now
-            await self._persist(self.bus.beat)
+            await self._persist(self.bus.beat, "beat")
         if now - self._trimmed_at >= TRIM_S or self._outputs_since_trim >= TRIM_OUTPUTS:
             self._trimmed_at, self._outputs_since_trim = now, 0
-            dropped = await self._persist(self.bus.trim)
+            dropped = await self._persist(self.bus.trim, "trim")
             if dropped:
                 self._dropped += dropped
                 self.log.warning(
@@ -358,7 +363,7 @@ class Worker:
 
     # -- trouble ----------------------------------------------------------------------------------
 
-    async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def _persist(self, attempt: Callable[[], Awaitable[T]], step: str = "commit") -> T:
         """Repeat one step until Redis does it: at loss, once a minute and at return it is logged.
 
         Raises:
@@ -366,11 +371,13 @@ class Worker:
         """
         pause = BACKOFF_S[0]
         lost_at = said_at = None
+        self.progress.begin(step)
         while True:
             try:
                 result = await attempt()
             except BusError as error:
                 now = time.monotonic()
+                self.progress.trouble = str(error)
                 lost_at = lost_at or now
                 if said_at is None or now - said_at >= AWAY_LINE_S:
                     said_at = now
@@ -385,6 +392,7 @@ class Worker:
                 await self._until_stopped(asyncio.sleep(pause))
                 pause = min(2 * pause, BACKOFF_S[1])
             else:
+                self.progress.done()
                 if lost_at is not None:
                     away_s = round(time.monotonic() - lost_at, 1)
                     self.log.info("REDIS_RETURNED", msg="goes on where it stopped", away_s=away_s)
@@ -441,7 +449,9 @@ class Worker:
         ordered = sorted(self._latencies)
         return {
             "events_total": totals,
-            "lag_ms": round(self._lag_ms, 1),
+            "ready": self.progress.state == "ready",
+            "state": self.progress.state,
+            "lag_ms": round(self.progress.lag_ms, 1),
             "latency_ms_p50": _quantile(ordered, 0.50),
             "latency_ms_p99": _quantile(ordered, 0.99),
             "lost_total": {name: _counted(n) for name, n in self.pipeline.lost.items()},

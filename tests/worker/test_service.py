@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis
 
@@ -215,6 +217,53 @@ def test_lost_replies_lose_and_double_nothing(redis_server, client, proxy, daemo
     assert worker.end(signal.SIGTERM)[0] == 0
     made = [row["decision_id"] for row in decisions(client)]
     assert len(made) == len(set(made)) == 404
+
+
+def test_a_stall_is_logged_within_five_seconds_and_costs_no_time(
+    redis_server, client, proxy, daemon
+) -> None:
+    worker = daemon(proxy.url)
+    until(lambda: client.exists(KEYS.heartbeat))
+    process = psutil.Process(worker.process.pid)
+    proxy.down = True
+    proxy.cut()
+    time.sleep(1.0)
+    before = process.cpu_times()
+    time.sleep(4.0)
+    after = process.cpu_times()
+    assert after.user + after.system - before.user - before.system < 0.5
+    proxy.down = False
+    publish(client, 0, 10)
+    until(lambda: client.xlen(KEYS.decisions) == 11)
+    time.sleep(1.0)
+    code, lines, _ = worker.end(signal.SIGTERM)
+    assert code == 0
+    said = [name for name in events(lines) if name in ("STALLED", "PROGRESS_RESUMED")]
+    assert said == ["STALLED", "PROGRESS_RESUMED"]
+    at = {line["event"]: datetime.fromisoformat(line["ts"]) for line in lines}
+    assert (at["STALLED"] - at["REDIS_LOST"]).total_seconds() < 5.0
+    assert lines[-2]["extra"]["state"] == "ready"
+
+
+def test_a_commit_that_is_refused_is_a_stall(redis_server, client, policy_file) -> None:
+    async def play() -> str:
+        async with working(redis_server.url, policy_file) as (worker, out):
+            await met(lambda: client.exists(KEYS.heartbeat))
+            publish(client, 0, 10)
+            await settled(client, 11)
+            client.config_set("maxmemory", 1)
+            try:
+                await met(lambda: "STALLED" in out.getvalue())
+                assert worker.figures()["ready"] is False
+            finally:
+                client.config_set("maxmemory", 0)
+            await met(lambda: "PROGRESS_RESUMED" in out.getvalue())
+        return out.getvalue()
+
+    stalled = [line for line in map(json.loads, asyncio.run(play()).splitlines())
+               if line["event"] == "STALLED"]  # fmt: skip
+    assert len(stalled) == 1
+    assert "command not allowed" in stalled[0]["msg"]
 
 
 def test_stop_while_redis_is_away_says_so(redis_server, client, proxy, daemon) -> None:
