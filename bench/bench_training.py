@@ -1,9 +1,9 @@
-"""How fast is training, and how fast is an answer, beside Stable-Baselines3 and the machine's limit?
+"""How fast is training, and one answer, beside Stable-Baselines3 and the machine's limit?
 
-The seed's recipe on the trading environment with 64 features: 2,048 steps per update, minibatches of
-64, 10 epochs, 64-128-128 networks, rollouts included. Every candidate takes its turn in every round,
-so that what else the machine does hits all alike; figures are medians over rounds, ratios are medians
-of the rounds' ratios. Steps are environment steps.
+The seed's recipe on the trading environment with 64 features: 2,048 steps per update, minibatches
+of 64, 10 epochs, 64-128-128 networks, rollouts included. Every candidate takes its turn in every
+round, so that what else the machine does hits all alike; figures are medians over rounds, ratios
+are medians of the rounds' ratios. Steps are environment steps.
 
     python bench/bench_training.py [--rounds N] [--updates N]
 """
