@@ -217,6 +217,19 @@ def repeat_and_come_late(stage: Stage) -> Verdict:
     return stage.judge()
 
 
+@fault(12, "hardly any processor time: advisory decisions are conflated, nothing else changes")
+def starve(stage: Stage) -> Verdict:
+    stage.producer.start()
+    worker = stage.worker("--conflate-after", "100", "--max-batch", "64")
+    while not stage.all_read():
+        worker.freeze()
+        time.sleep(0.03)
+        worker.thaw()
+        time.sleep(0.01)
+    stage.finish()
+    return stage.judge_conflated()
+
+
 @fault(13, "the worker's clock and Redis's clock jump an hour")
 def jump_clocks(stage: Stage) -> Verdict:
     stage.to_the_future(stage.rng.randint(100, 200))
@@ -302,8 +315,8 @@ def _evict_state(stage: Stage) -> Verdict:
         stage.link.delete(KEYS.state(symbol))
     worker = stage.worker()
     stage.settle()
-    found = "STATE_GAP" in worker.said() or "STATE_DAMAGED" in worker.said()
-    stage.expect("it is said", found, True)
+    if "STATE_GAP" not in worker.said() and "STATE_DAMAGED" not in worker.said():
+        return stage.judge()  # it had written all of it again: then nothing may be missing
     return stage.judge_without(symbol)
 
 

@@ -356,6 +356,33 @@ class Stage:
         bare = [[{name: row[name] for name in names} for row in rows] for rows in (expected, found)]
         return compare(Ledger(bare[0], []), Ledger(bare[1], []))
 
+    def judge_conflated(self) -> Verdict:
+        """Check that what was not decided is named, and that nothing else depends on it."""
+        expected, counts = self.reference(self.history)
+        found = Ledger.found(self.link)
+        left_out = {
+            name
+            for row in found.comparisons
+            if row.get("reason") == "conflated"
+            for name in row["entry_ids"]
+        }
+        kept = [row for row in expected.decisions if _source(row) not in left_out]
+        self.expect("something was conflated", bool(left_out), True)
+        self.expect("entries conflated", self._total("conflated"), len(left_out))
+        self.expect("entries decided", self._total("decided"), len(found.decisions))
+        self.expect("entries read", sum(self.counts().values()), sum(counts.values()))
+        steps = {row["decision_id"] for row in expected.decisions if row["kind"] == "step"}
+        self.expect("steps left out", steps - {row["decision_id"] for row in kept}, set())
+        both = [
+            Ledger(decisions, [row for row in rows if row["kind"] in ("bar", "decision")])
+            for decisions, rows in ((kept, expected.comparisons), found)
+        ]
+        verdict = compare(*both)
+        return verdict._replace(problems=(*verdict.problems, *self.problems))
+
+    def _total(self, outcome: str) -> int:
+        return sum(n for name, n in self.counts().items() if name.endswith(f":{outcome}"))
+
     def judge_without(self, symbol: str) -> Verdict:
         """Compare everything about all symbols but one, and which decisions that one has."""
         expected, _ = self.reference(self.history)
@@ -429,3 +456,8 @@ class Stage:
         for server in self._servers:
             server.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _source(row: Row) -> str:
+    """Return the entry that a decision is about, as the ledger names it."""
+    return f"{row['source_stream']}|{row['source_entry_id']}"
