@@ -7,11 +7,15 @@ What has a test of its own elsewhere is not played here again (docs/delivery.md 
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from tests.chaos.oracle import KEYS, Verdict
+from tests.chaos.policy import lively
 from tests.chaos.programs import wait_until
 from tests.chaos.stage import Stage
 from tests.chaos.workload import SYMBOLS
@@ -356,6 +360,25 @@ def damage_state(stage: Stage) -> Verdict:
     stage.settle()
     stage.expect("it is said", "STATE_DAMAGED" in worker.said(), True)
     return stage.judge_without(symbol)
+
+
+@fault(22, "another policy takes over mid-stream, and the worker is killed after it")
+def swap_policy(stage: Stage) -> Verdict:
+    former = stage.policy
+    stage.policy = stage.directory / "served.safetensors"
+    stage.policy.write_bytes(former.read_bytes())
+    worker = stage.begin()
+    heir = stage.directory / "heir.safetensors"
+    heir.write_bytes(lively(seed=6))
+    shutil.copy(heir, stage.directory / "next.safetensors")
+    os.replace(stage.directory / "next.safetensors", stage.policy)
+    worker.signal(signal.SIGHUP)
+    wait_until(lambda: "POLICY_SWAPPED" in worker.said(), stage.trouble)
+    if stage.rng.random() < 0.5:
+        worker.kill()
+        stage.worker()
+    stage.settle()
+    return stage.judge(*stage.reference_swapped(former, heir))
 
 
 @fault(24, "permissions are revoked and given back")

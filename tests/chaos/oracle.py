@@ -62,6 +62,19 @@ def undisturbed(history: Sequence[Entry], policy: Path) -> tuple[list[Output], d
     return outputs, named(pipeline.counts)
 
 
+def swapped(
+    history: Sequence[Entry], n: int, former: Path, heir: Path
+) -> tuple[list[Output], dict[str, int], str]:
+    """Fold the first n entries with one policy and the rest with another; returns its run, too."""
+    pipeline = pipeline_for(former)
+    cursors = {KEYS.stream(name): "0-0" for name in pipeline.inputs}
+    outputs = [*pipeline.begin(cursors).outputs, *fold(pipeline, history[:n])]
+    cursors |= {entry.stream: entry.entry_id for entry in history[:n]}
+    outputs += pipeline.begin(cursors, _policy(heir)).outputs
+    outputs += fold(pipeline, history[n:])
+    return outputs, named(pipeline.counts), pipeline.run_id
+
+
 def named(counts: dict[tuple[str, str], int]) -> dict[str, int]:
     """Return counters as the meta hash spells them."""
     return {f"{name}:{what}": n for (name, what), n in counts.items()}

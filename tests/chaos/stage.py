@@ -20,7 +20,7 @@ import redis
 
 from shadow.records import Entry
 from tests.chaos import workload
-from tests.chaos.oracle import KEYS, Ledger, Row, Verdict, compare, undisturbed
+from tests.chaos.oracle import KEYS, Ledger, Row, Verdict, compare, swapped, undisturbed
 from tests.chaos.programs import Forked, wait_until
 from tests.chaos.proxy import COMMIT_SCRIPT, Proxy
 from tests.chaos.workload import Producer, id_key
@@ -342,6 +342,24 @@ class Stage:
     def reference(self, history: list[Entry]) -> tuple[Ledger, dict[str, int]]:
         """Return what an undisturbed run over a history gives."""
         outputs, counts = undisturbed(history, self.policy)
+        return Ledger.expected(outputs), counts
+
+    def reference_swapped(self, former: Path, heir: Path) -> tuple[Ledger, dict[str, int]]:
+        """Return what two policies give, the second from where it took over on."""
+        decisions = Ledger.found(self.link).decisions
+        decided = {
+            row["source_stream"] + row["source_entry_id"]: row["run_id"] for row in decisions
+        }
+        first = decisions[0]["run_id"]
+        runs = [decided.get(entry.stream + entry.entry_id) for entry in self.history]
+        last = max(i for i, run in enumerate(runs) if run == first)
+        second = min(
+            (i for i, run in enumerate(runs) if run not in (first, None)), default=len(runs)
+        )
+        for n in range(last + 1, second + 1):  # in between is what no policy decides on
+            outputs, counts, run_id = swapped(self.history, n, former, heir)
+            if second == len(runs) or run_id == runs[second]:
+                break
         return Ledger.expected(outputs), counts
 
     def judge_ids(self, history: list[Entry]) -> Verdict:
