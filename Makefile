@@ -11,7 +11,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint type format bench policy clean
+.PHONY: help setup demo test check lint type format bench chaos policy clean
 
 help:    ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ format: .venv/.everything ## let ruff decide the layout and fix what it can
 
 bench: .venv/.serving     ## measure the fold: events per second and where the time goes
 	@$(BIN)/python bench/bench_fold.py $(ARGS)
+
+SEEDS ?= 20
+chaos: .venv/.everything  ## play every fault against the worker: SEEDS=200, goes on where it was stopped
+	@$(BIN)/python -m tests.chaos.run --seeds $(SEEDS) $(ARGS)
 
 policy: .venv/.everything ## train the shipped policy and RL v2's reference tables again
 	@$(BIN)/python -m rlv3.build_policy

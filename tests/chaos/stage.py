@@ -276,6 +276,7 @@ class Stage:
         """Wait until everything that was produced is folded, then stop whoever runs."""
         wait_until(self.producer.done, self.trouble)
         self.until_read(len(self.history))
+        self.proxy.trap, self.proxy.lose_replies = None, 0  # a drain without Redis exits 1
         self.finish()
 
     def finish(self) -> None:
