@@ -142,6 +142,7 @@ def power_cut(stage: Stage) -> None:
 
 def away(stage: Stage) -> None:
     """Cut the worker off, so that producers have Redis back first: ids then come in order."""
+    stage.producer.pause()
     stage.proxy.down = True
     stage.proxy.cut()
 
@@ -174,6 +175,7 @@ def cut_power(stage: Stage) -> Verdict:
 def promote_replica(stage: Stage) -> Verdict:
     replica = stage.replica()
     stage.begin()
+    stage.until_following(replica)
     stage.some_more()
     stage.detach(replica)
     stage.some_more()

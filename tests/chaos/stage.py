@@ -207,6 +207,11 @@ class Stage:
             wait_until(lambda: link.info("replication")["master_link_status"] == "up")
         return replica
 
+    def until_following(self, replica: RedisServer) -> None:
+        """Wait until the replica has what only was there before the producer, and our state."""
+        with redis.Redis.from_url(replica.url) as link:
+            wait_until(lambda: link.exists(KEYS.meta), self.trouble)
+
     def detach(self, replica: RedisServer) -> None:
         """From now on the replica lags; it will be promoted as it is."""
         with redis.Redis.from_url(replica.url) as link:
@@ -276,8 +281,16 @@ class Stage:
         """Wait until everything that was produced is folded, then stop whoever runs."""
         wait_until(self.producer.done, self.trouble)
         self.until_read(len(self.history))
-        self.proxy.trap, self.proxy.lose_replies = None, 0  # a drain without Redis exits 1
+        self.proxy.trap, self.proxy.lose_replies = None, 0
+        wait_until(lambda: not any(map(self._is_away, self.programs)), self.trouble)
         self.finish()
+
+    @staticmethod
+    def _is_away(program: Forked) -> bool:
+        """Return True while it waits for Redis: asked to stop then, it exits 1, as documented."""
+        said = program.said()
+        back = max(said.rfind("REDIS_RETURNED"), said.rfind("WORKER_STARTED"))
+        return program.running and said.rfind("REDIS_LOST") > back
 
     def finish(self) -> None:
         """Stop the running programs in order; check that they stayed small."""

@@ -176,10 +176,19 @@ class Producer(threading.Thread):
         self._pause_s = pause_s
         self.rewinding = False
         self._halted = False
+        self._paused = False
+        self._appending = threading.Lock()
 
     def rewind(self) -> None:
-        """Look again at what Redis has, and continue from there."""
+        """Look again at what Redis has, and continue from there, also after a pause."""
         self.rewinding = True
+        self._paused = False
+
+    def pause(self) -> None:
+        """Append nothing until `rewind`: what a Redis lost must not be followed by newer ids."""
+        self._paused = True
+        with self._appending:
+            return
 
     def halt(self) -> None:
         """Stop appending."""
@@ -194,7 +203,7 @@ class Producer(threading.Thread):
         url = self.url
         link = redis.Redis.from_url(url)
         while not self._halted:
-            if self.done():
+            if self.done() or self._paused:
                 time.sleep(0.005)
                 continue
             try:
@@ -205,7 +214,10 @@ class Producer(threading.Thread):
                     self.sent = self._first_missing(link)
                     self.rewinding = False
                 chunk = self.history[self.sent : self.sent + self._rng.randint(1, self._chunk)]
-                append(link, chunk)
+                with self._appending:
+                    if self._paused:
+                        continue
+                    append(link, chunk)
                 self.sent += len(chunk)
                 time.sleep(self._rng.random() * self._pause_s)
             except redis.RedisError:
