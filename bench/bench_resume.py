@@ -39,7 +39,7 @@ def main() -> None:
     """Run the trials and print how many agreed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=40_960)
+    parser.add_argument("--steps", type=int, default=122_880)
     parser.add_argument("--env", default=None, help="a Gymnasium environment; else simulated bars")
     arguments = parser.parse_args()
     dice = random.Random(1)
