@@ -126,8 +126,8 @@ def kill_redis(stage: Stage) -> Verdict:
 def power_cut(stage: Stage) -> None:
     """Kill -9 of Redis, and lose what was not synced yet: the file's end, from any byte on.
 
-    A file that ends within a transaction is loaded rightly, but Redis (6.2, 7.0) leaves the torn
-    transaction in it, and applies it when it loads the file once more: hence the rewrite.
+    A file that ends within a transaction is loaded rightly, but the torn transaction seems to stay
+    in it and to be applied when it is loaded once more (seen on 7.0): hence the rewrite.
     """
     stage.server.kill()
     (file,) = stage.appended()
