@@ -105,6 +105,11 @@ def wait_until(
         time.sleep(0.01)
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a suite started in the background ignores SIGINT, and so would every program it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(name="wait_until")
 def wait_until_fixture() -> Callable[..., None]:
     """Give tests the function of the same name."""
