@@ -152,7 +152,7 @@ def write(path: Path, rows: list[Candle], step_ms: int) -> None:
         read_bars(part)
         part.chmod(0o644)
         os.replace(part, path)
-    except BaseException:
+    except BaseException:  # an interrupt as well must leave no half-written file
         part.unlink(missing_ok=True)
         raise
 

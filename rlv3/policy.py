@@ -340,7 +340,7 @@ def save_artifact(source: bytes, path: str | Path) -> None:
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
         os.replace(name, target)
-    except BaseException:
+    except BaseException:  # an interrupt as well must leave no half-written file
         Path(name).unlink(missing_ok=True)
         raise
 

@@ -158,7 +158,7 @@ class RedisServer:
         )  # fmt: skip
         try:
             server.launch()
-        except BaseException:
+        except BaseException:  # an interrupt as well must leave no server behind
             server.stop()
             raise
         return server
