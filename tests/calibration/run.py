@@ -34,7 +34,7 @@ WORLDS = tuple(product((0.0, 0.3), (0.0, 0.7)))
 Task = Callable[[], object]
 
 
-def main_tasks(runs: int, seed: int) -> dict[str, list[Task]]:
+def measurements(runs: int, seed: int) -> dict[str, list[Task]]:
     """Return what is measured, table by table."""
     return {
         "short": [partial(false_verdicts, name, 4 * runs, *FORTNIGHT, seed) for name in PROCESSES],
@@ -57,7 +57,7 @@ def main(
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
 ) -> None:
     """Print how often verdicts are wrong and how often they are found, and fail if too often."""
-    tasks = main_tasks(runs, seed)
+    tasks = measurements(runs, seed)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         pending = {name: [pool.submit(task) for task in part] for name, part in tasks.items()}
         found = {name: [future.result() for future in part] for name, part in pending.items()}
@@ -79,10 +79,11 @@ def report(found: dict[str, list], runs: int) -> Iterator[str]:
         yield f"(5 % plus chance: {bound(0.05, count):.1%})"
         yield ""
         yield from table(
-            ("process", "either", "superior", "inferior", "naive t", "batches too short",
+            ("process", "superior", "inferior", "either", "naive t", "batches too short",
              "strict: misses", "strict: width", "clipped"),
             [
-                (process, *map(percent, e[:6]), f"{e.strict_width:.2f}", f"{e.clipped:.2%}")
+                (process, *map(percent, e[:6]), f"{e.strict_width:.2f}",
+                 percent(e.clipped))
                 for process, e in zip(PROCESSES, found[name], strict=True)
             ],
         )  # fmt: skip
@@ -91,7 +92,7 @@ def report(found: dict[str, list], runs: int) -> Iterator[str]:
     yield from table(
         ("z at the horizon", "found", "median stop", "found by one look at the horizon"),
         [
-            (f"{z}", percent(e.share), f"{e.stop:.0%}", percent(e.fixed))
+            (f"{z}", percent(e.share), percent(e.stop), percent(e.fixed))
             for z, e in zip(EDGES, found["edge"], strict=True)
         ],
     )
