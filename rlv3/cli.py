@@ -51,7 +51,10 @@ app = typer.Typer(
 )
 
 PolicyOption = Annotated[
-    Path, typer.Option(help="Policy artifact (.safetensors); the shipped one if unset.")
+    Path,
+    typer.Option(
+        help="Policy artifact (.safetensors); the shipped one if unset.", show_default=False
+    ),
 ]
 MarketOption = Annotated[
     str | None,
@@ -105,7 +108,7 @@ def train(
     ] = None,
     bar_stamp: StampOption = "close",
     split: Annotated[
-        str, typer.Option(help="Shares of --data by time: train, [validation,] test.")
+        str, typer.Option(help="Shares of --data by time: train, validation, test; or train, test.")
     ] = "70,15,15",
     embargo: Annotated[
         int, typer.Option(help="Bars between one part and the first decision of the next.")

@@ -180,6 +180,8 @@ def test_import_checkpoint(tmp_path: Path) -> None:
         (("train", "--steps", 1, "--market", "mars"), "market must be one of"),
         (("train", "--steps", 1, "--data", "none.csv"), "none.csv cannot be read"),
         (("train", "--steps", 1, "--env", "Pendulum-v1"), "expected at most 6 discrete actions"),
+        (("train", "--steps", 1, "--env", "NoSuch-v0"), "environment NoSuch-v0 cannot be made: "),
+        (("train", "--steps", 1, "--env", "no_such:Foo-v0"), "Foo-v0 cannot be made: No module"),
         (("train", "--steps", 1, "--config", "none.toml"), "none.toml cannot be read"),
         (("train", "--steps", 1, "--resume", "nowhere"), "nowhere/policy.safetensors cannot be"),
         (("evaluate", "--policy", "none.safetensors"), "none.safetensors cannot be read"),
@@ -231,6 +233,22 @@ def test_program_exits_with_two_and_no_traceback() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: policy file none cannot be read")
     assert "Traceback" not in done.stderr
+
+
+def test_a_missing_extra_is_named_with_its_brackets(tmp_path: Path) -> None:
+    program = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'matplotlib' else find(name, *rest)\n"
+        "from rlv3.cli import main; main()\n"
+    )
+    plot = ("evaluate", "--market", "momentum", "--plot", str(tmp_path / "e.png"))
+    done = subprocess.run(
+        [sys.executable, "-c", program, *plot], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: expected matplotlib to be installed, found none: pip install 'rlv3-shadow[train]'\n"
+    )
 
 
 @pytest.mark.parametrize(
