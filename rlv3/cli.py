@@ -271,7 +271,8 @@ def evaluate(
 
     Trading is compared with flat, buy-and-hold and random positions of equal turnover. Several
     policies give the interquartile mean of their mean returns with a 95 % bootstrap interval.
-    Without --data, --market or --env: the world regime_switching.
+    Without --data, --market or --env: the environment they were trained in, which for trading is
+    the world regime_switching.
 
     [bold]Examples[/bold]
 
@@ -285,6 +286,7 @@ def evaluate(
         raise ConfigError("expected --data with --from and --to, found none")
     loaded = {str(path): Policy.load(path) for path in _artifacts(policy or [SHIPPED])}
     _need_training()
+    env = env or _home(loaded, anywhere=not (data or market))
     from rlv3.evaluation import evaluate_bars, evaluate_env, evaluate_market
     from rlv3.metrics import interquartile_interval, interquartile_mean
     from rlv3.present import comparison_table, evaluation_table, provenance
@@ -361,6 +363,27 @@ def _artifacts(paths: list[Path]) -> list[Path]:
             raise PolicyError(f"expected {ARTIFACT} in {path} or in its folders, found none")
         found += inside
     return found
+
+
+def _home(policies: dict[str, Policy], *, anywhere: bool) -> str | None:
+    """Return the Gymnasium environment that policies were trained in; None for trading.
+
+    Args:
+        anywhere: nobody said where to evaluate; else it is on prices.
+    Raises:
+        ConfigError: policies of several environments, or prices for those of another one.
+    """
+    from rlv3.env import ENV_ID
+
+    homes = {name: one.metadata["training"].get("env") or ENV_ID for name, one in policies.items()}
+    strangers = {name: home for name, home in homes.items() if home != ENV_ID}
+    if not strangers:
+        return None
+    name, home = next(iter(strangers.items()))
+    if anywhere and set(homes.values()) == {home}:
+        return home
+    found = "prices" if not anywhere else f"policies of {', '.join(sorted(set(homes.values())))}"
+    raise ConfigError(f"{name}: expected --env {home}, where it was trained, found {found}")
 
 
 def _utc(moment: datetime | None) -> datetime | None:

@@ -131,6 +131,13 @@ def test_train_and_evaluate_in_a_gymnasium_environment(tmp_path: Path, config: P
     )  # fmt: skip
     assert len(found["returns"]) == 2
     assert found["mean_return"] >= 8.0
+    here = call("evaluate", "--policy", tmp_path, "--episodes", 2, "--json")  # where it was trained
+    assert json.loads(here.stdout)["returns"] == found["returns"]
+    artifact = tmp_path / "policy.safetensors"
+    message = f"{artifact}: expected --env CartPole-v1, where it was trained, found "
+    assert refused("evaluate", "--policy", artifact, "--market", "momentum") == message + "prices"
+    both = refused("evaluate", "--policy", shipped_policy(), "--policy", artifact)
+    assert both == message + "policies of CartPole-v1, rlv3/Trading-v3"
 
 
 def test_predict_from_file_and_stdin(tmp_path: Path) -> None:
