@@ -98,6 +98,8 @@ def test_walkforward_from_the_command_line(tmp_path: Path) -> None:
     )  # fmt: skip
     result = call(*options, "--out", tmp_path / "w")
     assert "fold 2" in result.stdout
+    assert "fast: fold 2 of 2, seed 1: " in result.stderr
+    assert "training 2,048 of 2,048 steps" in result.stderr  # 2 configurations, folds and seeds
     assert "best of 2 configurations tried" in result.stdout
     found = json.loads((tmp_path / "w" / "walkforward.json").read_text())
     assert [one["name"] for one in found["configurations"]] == ["slow", "fast"]
