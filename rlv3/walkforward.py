@@ -72,6 +72,8 @@ class WalkForward:
     """One configuration over all folds; out-of-sample figures of the mean of its seeds."""
 
     name: str
+    config: dict[str, Any]
+    """Its settings, the reward among them."""
     folds: list[FoldResult]
     net_profit: float
     hold_profit: float
@@ -182,6 +184,7 @@ def walk_forward(
     interval, _ = ratio_intervals(returns, per_year)
     found = WalkForward(
         name=name,
+        config=asdict(config),
         folds=results,
         net_profit=sum(row.net_profit for row in results),
         hold_profit=sum(row.hold_profit for row in results),
@@ -381,6 +384,7 @@ def _table(found: WalkForward) -> Table:
         f"{found.hold_profit:+,.2f}",
     )  # fmt: skip
     table.caption = (
+        f"trained for the reward {found.config['reward']}; "
         f"out of sample, after costs: Sharpe a year {found.sharpe:+.2f}, 95 % "
         f"[{low:+.2f}, {high:+.2f}]; probability that it is above 0: "
         f"{found.probabilistic_sharpe:.3f}"
