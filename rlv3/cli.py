@@ -148,6 +148,11 @@ def train(
     if resume is not None and alone and (resume / CHECKPOINT).exists():
         _finish(resume)
         return
+    if resume is not None and not (resume / ARTIFACT).exists() and (resume / CHECKPOINT).exists():
+        raise ConfigError(
+            f"{resume}: expected a finished run to begin from, found an interrupted one, which "
+            f"rlv3 train --resume {resume} finishes if given alone"
+        )
     series = _read(data or [], bar_stamp)
     shares = parse_split(split)
     settings = read_config(config) if config else {}

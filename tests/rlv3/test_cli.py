@@ -109,6 +109,9 @@ def test_resume_continues_in_place(tmp_path: Path, config: Path) -> None:
     call("train", "--steps", 256, "--config", config, "--market", "momentum", "--out", first)
     call("train", "--steps", 256, "--config", config, "--market", "momentum", "--resume", first)
     assert Policy.load(first / "policy.safetensors").trained_steps == 512
+    (first / "policy.safetensors").unlink()  # as if it had been interrupted
+    sentence = refused("train", "--steps", 256, "--market", "momentum", "--resume", first)
+    assert "expected a finished run to begin from, found an interrupted one" in sentence
 
 
 def test_evaluate_prints_json() -> None:
