@@ -6,8 +6,10 @@ One loop, no queues between its steps:
     tend                                  (heartbeat, trimming: every few seconds)
     wait                                  (only when there was nothing to read)
 
-The pipeline's memory is ahead of Redis by at most the commit in hand. When Redis goes away that
-very commit is repeated until it is applied, so memory and Redis never disagree.
+While Redis applies a commit, the next one is folded; it is sent when the one before it is applied,
+and nothing is read until all are. So the pipeline's memory is ahead of Redis by at most the commit
+on its way and the one in hand. When Redis goes away that very commit is repeated until it is
+applied, so memory and Redis never disagree.
 """
 
 from __future__ import annotations
@@ -312,19 +314,31 @@ class Worker:
                 entries=batch.ahead,
             )
         entries, due = batch.entries, len(batch.entries) - batch.ahead
-        while entries and not self._stopping.is_set():
-            lag_ms = self.progress.lag_ms = max(0.0, self.bus.server_ms() - entries[0].id_ms)
-            after = self.config.conflate_after
-            commit = self.pipeline.run(
-                entries,
-                now_ms=time.time() * 1000,
-                conflate=after is not None and lag_ms > after,
-                ahead=len(entries) - max(due, 0),
-            )
-            await self._persist(self._committing(commit))
-            self._note(commit, entries[: commit.taken])
-            entries = entries[commit.taken :]
-            due -= commit.taken
+        under_way: asyncio.Task[None] | None = None
+        try:
+            while entries and not self._stopping.is_set():
+                lag_ms = self.progress.lag_ms = max(0.0, self.bus.server_ms() - entries[0].id_ms)
+                after = self.config.conflate_after
+                commit = self.pipeline.run(
+                    entries,
+                    now_ms=time.time() * 1000,
+                    conflate=after is not None and lag_ms > after,
+                    ahead=len(entries) - max(due, 0),
+                )
+                if under_way is not None:
+                    await under_way
+                under_way = asyncio.create_task(self._apply(commit, entries[: commit.taken]))
+                for _ in range(2):  # one round of the loop to write it, one to send it
+                    await asyncio.sleep(0)
+                entries = entries[commit.taken :]
+                due -= commit.taken
+        finally:
+            if under_way is not None:
+                await under_way
+
+    async def _apply(self, commit: Commit, taken: list[Entry]) -> None:
+        await self._persist(self._committing(commit))
+        self._note(commit, taken)
 
     def _committing(
         self, commit: Commit, forget: list[str] | None = None
