@@ -463,20 +463,21 @@ class Normaliser(NamedTuple):
 
         Every row is computed alone, so a row does not depend on its neighbours.
         """
-        rows = np.asarray(raw, dtype=np.float64)
-        obs = np.zeros((len(rows), OBS_DIM), dtype=np.float32)
-        scaled = (rows - self.mean) / self.scale
-        market = list(MARKET)
-        scaled[:, market] = np.clip(scaled[:, market], -CLIP, CLIP)
+        scaled = np.array(raw, dtype=np.float64)
+        obs = np.zeros((len(scaled), OBS_DIM), dtype=np.float32)
+        scaled -= self.mean
+        scaled /= self.scale
+        np.maximum(scaled, -_BOUND, out=scaled)
+        np.minimum(scaled, _BOUND, out=scaled)
         bits = np.asarray(missing, dtype=np.int64)
-        gone = (bits[:, None] >> np.arange(N_FEATURES)) & 1 == 1
-        gone[:, :] &= _IS_MARKET
-        scaled[gone] = 0.0
+        if bits.any():
+            scaled[bits[:, None] & _MARKET_BITS != 0] = 0.0
         obs[:, :N_FEATURES] = scaled
         return obs
 
 
-_IS_MARKET = np.array([i in MARKET for i in range(N_FEATURES)])
+_BOUND = np.array([CLIP if i in MARKET else math.inf for i in range(N_FEATURES)])
+_MARKET_BITS = np.array([1 << i if i in MARKET else 0 for i in range(N_FEATURES)])
 
 
 # -- the seed's dictionary interface ---------------------------------------------------------------

@@ -785,7 +785,7 @@ def join_id(raw: str | None) -> str | None:
 
     Empty ids, and the `market-tick-<second>` ids that all symbols of a second share, join nothing.
     """
-    if raw is None or not raw.strip() or raw.startswith("market-tick-"):
+    if not raw or not raw.strip() or raw.startswith("market-tick-"):
         return None
     return raw
 

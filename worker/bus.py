@@ -622,8 +622,12 @@ def release(
         released entries in (id, rank) order; the oldest held id in ms, or None; how many of the
         released ones are more than 1 s ahead of TIME (released as read: they would stall the rest).
     """
-    limits = [entry_key(rows[-1][0].decode()) for _, _, _, rows in found if len(rows) >= count]
-    limit = min(limits, default=None)
+    lasts = [entry_key(rows[-1][0].decode()) for _, _, _, rows in found]
+    if len(found) == 1 and lasts[0][0] < time_ms:  # one stream is in order already
+        _, key, event_type, rows = found[0]
+        return [_entry(key, event_type, row) for row in rows], None, 0
+    cut = [last for last, (_, _, _, rows) in zip(lasts, found, strict=True) if len(rows) >= count]
+    limit = min(cut, default=None)
     due: list[tuple[int, int, int, Entry]] = []
     held: int | None = None
     ahead = 0
@@ -648,8 +652,7 @@ def _entry(key: str, event_type: str, row: Any) -> Entry:
 
 def _pairs(flat: Sequence[Any]) -> dict[Any, Any]:
     """Return a flat reply of names and values as a dictionary."""
-    values = iter(flat)
-    return dict(zip(values, values, strict=True))
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _counts(meta: Mapping[bytes, bytes]) -> dict[tuple[str, str], int]:

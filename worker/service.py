@@ -54,6 +54,8 @@ BACKOFF_S = (0.05, 2.0)
 """First and longest pause while Redis is away."""
 AWAY_LINE_S = 60.0
 LATENCY_SAMPLES = 4_096
+LATENCY_EVERY = 8
+"""One in so many entries of a commit is a sample, its first always."""
 _LOGGED_KINDS = (b'{"kind":"pair"', b'{"kind":"unpaired"', b'{"kind":"outcome"', b'{"kind":"bar"')
 
 T = TypeVar("T")
@@ -349,7 +351,7 @@ class Worker:
     def _note(self, commit: Commit, taken: list[Entry]) -> None:
         """Keep the figures of an applied commit, and log what it compared."""
         now_ms = self.bus.server_ms()
-        self._latencies.extend(now_ms - entry.id_ms for entry in taken)
+        self._latencies.extend(now_ms - entry.id_ms for entry in taken[::LATENCY_EVERY])
         self._outputs_since_trim += len(commit.outputs)
         for output in commit.outputs:
             if output.payload.startswith(_LOGGED_KINDS):
