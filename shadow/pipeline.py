@@ -150,7 +150,7 @@ class Pipeline:
     def __init__(
         self, policy: Policy, tables: QTables | None, settings: Settings, inputs: Sequence[str]
     ) -> None:
-        self.policy = policy
+        self._serve(policy)
         self.tables = tables if settings.rl_v2 == "reference" else None
         self.settings = settings
         self.inputs = tuple(inputs)
@@ -185,9 +185,9 @@ class Pipeline:
         self._now_ms = 0.0
         self._conflating = False
 
-    @property
-    def _use_masks(self) -> bool:
-        return bool(self.policy.metadata["mask_rule"] != "none")
+    def _serve(self, policy: Policy) -> None:
+        self.policy = policy
+        self._use_masks = policy.metadata["mask_rule"] != "none"
 
     # -- a run's life ----------------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ class Pipeline:
             policy: who decides from here on, with steps as long as before; None for the same.
         """
         swapped = bool(self.run_id)
-        self.policy = policy or self.policy
+        self._serve(policy or self.policy)
         rules = {k: v for k, v in self.settings.dump().items() if k not in _BATCH_LIMITS}
         self.run_id = record_id(
             "run",
@@ -697,14 +697,15 @@ class Pipeline:
             raw, missing = market.open_features(ts_us)
         account = arm.account
         raw[6:10] = account.features()
+        warm = market.warm
         mask = account.valid_actions(
-            cold=not market.warm, pending=arm.order is not None, use_masks=self._use_masks
+            cold=not warm, pending=arm.order is not None, use_masks=self._use_masks
         )
         slot = len(self._outputs)
         self._outputs.append(None)
         return _Job(
             slot, ref, state, ts_us, kind, signal, raw, missing, mask, state.standing_id,
-            arm.target, account.exposure, market.close, state.last_direction or 0, market.warm,
+            arm.target, account.exposure, market.close, state.last_direction or 0, warm,
         )  # fmt: skip
 
     def _step(

@@ -652,7 +652,8 @@ def _entry(key: str, event_type: str, row: Any) -> Entry:
 
 def _pairs(flat: Sequence[Any]) -> dict[Any, Any]:
     """Return a flat reply of names and values as a dictionary."""
-    return dict(zip(flat[::2], flat[1::2], strict=True))
+    values = iter(flat)
+    return dict(zip(values, values, strict=True))
 
 
 def _counts(meta: Mapping[bytes, bytes]) -> dict[tuple[str, str], int]:
