@@ -36,6 +36,7 @@ START_MS = int(START.timestamp() * 1_000)
 RUN = "0123456789abcdef"
 DAY_BARS = 1_440
 HELD = {"v3": 37, "v2": 53, "follow_signal": 29}  # bars an arm keeps its side, on average
+REGIMES = ["TREND", "RANGE", "BREAKOUT", "MEAN_REVERSION"]
 MEMORY_MIB = 1_536
 LIMIT_S = {1_000_000: 5.0, 10_000_000: 20.0}
 CORES = 2
@@ -62,7 +63,7 @@ class Maker:
         self._bars()
         for day in range(self.days):
             self._day(day)
-        ends = {name: f"{START_MS + self.days * 86_400_000}-0" for name in self.rows}
+        ends = dict.fromkeys(self.rows, f"{START_MS + self.days * 86400000}-0")
         groups = {
             name: Progress(stream=f"quantum:stream:{name}", id=ends[name], rows=rows)
             for name, rows in self.rows.items()
@@ -178,7 +179,7 @@ class Maker:
             "high": "close * 1.0002", "low": "close * 0.9998 / (1.0 + abs(r))", "close": "close",
             "volume": f"100 * {volume}", "empty_after": "0",
             "restarted": "false", "gap": "false", "warm": "b >= 60",
-            "regime": "['TREND', 'RANGE', 'BREAKOUT', 'MEAN_REVERSION'][1 + (hash(s, b // 90) % 4)::INT]",
+            "regime": f"{REGIMES}[1 + (hash(s, b // 90) % 4)::INT]",
             "bus_regime": "NULL", "opponent": "'q_table'",
             "opponent_digest": "repeat('cd', 32)", "step_decision_id": "step_id",
             "obs": f"list_resize([{obs}], 64, 0.0)", "missing_mask": "0",

@@ -12,8 +12,6 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from shadow.records import ARMS
-
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
