@@ -12,6 +12,8 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
+from shadow.records import ARMS
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -19,8 +21,6 @@ Ints = NDArray[np.int64]
 class Bars(NamedTuple):
     """The run's bars in (time, symbol) order; all arrays have one element per bar."""
 
-    order: Ints
-    """Where each of them is among the rows of `report_bars`."""
     ts_us: Ints
     symbol: Ints
     """Index into `symbols`."""
@@ -28,8 +28,6 @@ class Bars(NamedTuple):
     """Index into `regimes`."""
     warm: NDArray[np.bool_]
     capital: Floats
-    open: Floats
-    close: Floats
     symbols: tuple[str, ...]
     regimes: tuple[str, ...]
     grid: Ints
@@ -55,27 +53,26 @@ class Bars(NamedTuple):
 
     @classmethod
     def load(cls, db: duckdb.DuckDBPyConnection, run_id: str) -> Bars:
-        """Read the bars of a run; `report_bars` of this cursor is a view of its rows from then on.
-
-        Columns are read in the order in which they are stored, and put in order here: DuckDB would
-        sort all of them again for every arm.
-        """
-        quoted = run_id.replace("'", "''")
+        """Read the bars of a run once, ordered, into a table of this cursor."""
+        columns = ", ".join(f"{arm}_{item}" for arm in ARMS for item in _ARM_COLUMNS)
         db.execute(
             f"""
-            CREATE OR REPLACE TEMP VIEW report_bars AS
-            SELECT *, coalesce(regime, 'unknown') AS regime_known, flat_equity AS capital
-            FROM bars WHERE run_id = '{quoted}'
-            """
+            CREATE OR REPLACE TEMP TABLE report_bars AS
+            SELECT event_ts_us, symbol, coalesce(regime, 'unknown') AS regime, warm, gap, restarted,
+                   empty_after, step_decision_id, flat_equity AS capital, {columns}
+            FROM bars WHERE run_id = ? ORDER BY event_ts_us, symbol, stream_id
+            """,
+            [run_id],
         )
-        symbols, symbol_code = _names(db, "symbol")
-        regimes, regime_code = _names(db, "regime_known")
+        symbols = _names(db, "symbol")
+        regimes = _names(db, "regime")
         data = db.execute(
-            f"""
-            SELECT event_ts_us, {symbol_code} AS symbol, {regime_code} AS regime, warm, capital,
-                   open, close
-            FROM report_bars
             """
+            SELECT event_ts_us, list_position($1, symbol) - 1 AS symbol,
+                   list_position($2, regime) - 1 AS regime, warm, capital
+            FROM report_bars
+            """,
+            [list(symbols), list(regimes)],
         ).fetchnumpy()
         gap, restarted, empty, owed = db.execute(
             """
@@ -85,27 +82,21 @@ class Bars(NamedTuple):
             """
         ).fetchall()[0]
         ts_us = np.asarray(data["event_ts_us"], np.int64)
+        grid, cell = np.unique(ts_us, return_inverse=True)
         symbol = np.asarray(data["symbol"], np.int64)
-        order = np.lexsort((symbol, ts_us))  # stable: a bar stored twice stays in stream order
-        ts_us, symbol = ts_us[order], symbol[order]
-        starts = np.flatnonzero(np.diff(ts_us, prepend=-1))
-        cell = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(ts_us)))
-        capital = np.asarray(data["capital"], np.float64)[order]
+        capital = np.asarray(data["capital"], np.float64)
         by_symbol = np.argsort(symbol, kind="stable")
         bounds = np.searchsorted(symbol[by_symbol], np.arange(len(symbols) + 1))
         first = by_symbol[bounds[:-1]]
         return cls(
-            order=order,
             ts_us=ts_us,
             symbol=symbol,
-            regime=np.asarray(data["regime"], np.int64)[order],
-            warm=np.asarray(data["warm"], np.bool_)[order],
+            regime=np.asarray(data["regime"], np.int64),
+            warm=np.asarray(data["warm"], np.bool_),
             capital=capital,
-            open=np.asarray(data["open"], np.float64)[order],
-            close=np.asarray(data["close"], np.float64)[order],
             symbols=symbols,
             regimes=regimes,
-            grid=ts_us[starts],
+            grid=grid,
             cell=cell,
             by_symbol=by_symbol,
             first=first,
@@ -147,8 +138,6 @@ class Traded(NamedTuple):
 
     side: Ints
     """-1 short, 0 flat, 1 long, at the close."""
-    exposure: Floats
-    """Signed fraction of equity, at the close."""
     entered: NDArray[np.bool_]
     gross: Floats
     turnover: Floats
@@ -166,36 +155,27 @@ class Traded(NamedTuple):
         """Read one arm's columns, in the order of `bars`."""
         columns = ", ".join(f"{arm}_{item} AS {item}" for item in _ARM_COLUMNS)
         data = db.execute(f"SELECT {columns} FROM report_bars").fetchnumpy()
-        value = {name: np.asarray(data.pop(name), np.float64)[bars.order] for name in _ARM_COLUMNS}
-        for name in _MONEY:
-            value[name] *= bars.capital
-        costs = value["fee"] + value["slippage"]
+        value = {name: np.asarray(data[name], np.float64) for name in _ARM_COLUMNS}
+        money = {name: value[name] * bars.capital for name in _MONEY}
+        costs = money["fee"] + money["slippage"]
         side = np.sign(value["exposure"]).astype(np.int64)
         return cls(
             side=side,
-            exposure=value["exposure"],
             entered=_entries(side, bars),
-            gross=value["gross"],
-            turnover=value["turnover"],
-            fee=value["fee"],
-            slippage=value["slippage"],
-            net=value["gross"] - costs,
-            net_late=value["gross_late"] - costs,
+            gross=money["gross"],
+            turnover=money["turnover"],
+            fee=money["fee"],
+            slippage=money["slippage"],
+            net=money["gross"] - costs,
+            net_late=money["gross_late"] - costs,
             equity=value["equity"],
             ruined=bars.per_symbol(value["ruined"]) > 0.0,
         )
 
 
-def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[tuple[str, ...], str]:
-    """Return a column's distinct values in order, and SQL for a row's index into them."""
+def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[str, ...]:
     rows = db.execute(f"SELECT DISTINCT {column} FROM report_bars ORDER BY 1").fetchall()
-    names = tuple(name for (name,) in rows)
-    if not names:
-        return names, "0"
-    kind = f"report_{column}"
-    quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
-    db.execute(f"CREATE OR REPLACE TEMP TYPE {kind} AS ENUM ({quoted})")
-    return names, f"enum_code({column}::{kind})"
+    return tuple(name for (name,) in rows)
 
 
 def _entries(side: Ints, bars: Bars) -> NDArray[np.bool_]:
