@@ -6,16 +6,15 @@ equal bits for equal inputs. Money is in account currency.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
+from shadow.batches import Floats, Ints, Paid, pay
 from shadow.records import ARMS
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 class Bars(NamedTuple):
@@ -28,6 +27,9 @@ class Bars(NamedTuple):
     """Index into `regimes`."""
     warm: NDArray[np.bool_]
     capital: Floats
+    close: Floats
+    arrived: Ints
+    """Rank in the order of the stream."""
     symbols: tuple[str, ...]
     regimes: tuple[str, ...]
     grid: Ints
@@ -52,24 +54,43 @@ class Bars(NamedTuple):
     """Bars whose step had to wait for a later tick."""
 
     @classmethod
-    def load(cls, db: duckdb.DuckDBPyConnection, run_id: str) -> Bars:
-        """Read the bars of a run once, ordered, into a table of this cursor."""
+    def load(
+        cls,
+        db: duckdb.DuckDBPyConnection,
+        runs: Sequence[str],
+        *,
+        symbols: Sequence[str] | None = None,
+        since_us: int | None = None,
+        until_us: int | None = None,
+    ) -> Bars:
+        """Read the bars of some runs once, ordered, into a table of this cursor.
+
+        Args:
+            symbols: which ones; all for None.
+            since_us: end of a bar, exclusive: bars that began before it are left out.
+            until_us: end of a bar, inclusive.
+        """
         columns = ", ".join(f"{arm}_{item}" for arm in ARMS for item in _ARM_COLUMNS)
         db.execute(
             f"""
             CREATE OR REPLACE TEMP TABLE report_bars AS
             SELECT event_ts_us, symbol, coalesce(regime, 'unknown') AS regime, warm, gap, restarted,
-                   empty_after, step_decision_id, flat_equity AS capital, {columns}
-            FROM bars WHERE run_id = ? ORDER BY event_ts_us, symbol, stream_id
+                   empty_after, step_decision_id, opponent, opponent_digest, missing_mask, close,
+                   flat_equity AS capital, row_number() OVER (ORDER BY {ORDER}) AS arrived, {columns}
+            FROM bars
+            WHERE run_id IN (SELECT unnest($1)) AND ($2 IS NULL OR symbol IN (SELECT unnest($2)))
+              AND event_ts_us > coalesce($3, 0) AND event_ts_us <= coalesce($4, {_END})
+            ORDER BY event_ts_us, symbol, arrived
             """,
-            [run_id],
+            [list(runs), None if symbols is None else list(symbols), since_us, until_us],
         )
         symbols = _names(db, "symbol")
         regimes = _names(db, "regime")
         data = db.execute(
             """
             SELECT event_ts_us, list_position($1, symbol) - 1 AS symbol,
-                   list_position($2, regime) - 1 AS regime, warm, capital
+                   list_position($2, regime) - 1 AS regime, warm, capital, close,
+                   arrived
             FROM report_bars
             """,
             [list(symbols), list(regimes)],
@@ -94,6 +115,8 @@ class Bars(NamedTuple):
             regime=np.asarray(data["regime"], np.int64),
             warm=np.asarray(data["warm"], np.bool_),
             capital=capital,
+            close=np.asarray(data["close"], np.float64),
+            arrived=np.asarray(data["arrived"], np.int64),
             symbols=symbols,
             regimes=regimes,
             grid=grid,
@@ -117,6 +140,12 @@ class Bars(NamedTuple):
         return np.bincount(self.regime, values, len(self.regimes)).astype(np.float64)
 
 
+ORDER = (
+    "split_part(stream_id, '-', 1)::HUGEINT * 1000000000 + split_part(stream_id, '-', 2)::HUGEINT"
+)
+"""Sorts stream ids by time and sequence number; as text `9-10` would come before `9-2`."""
+_END = 2**62
+
 _ARM_COLUMNS = (
     "exposure",
     "gross",
@@ -129,10 +158,6 @@ _ARM_COLUMNS = (
 )
 
 
-_MONEY = ("gross", "turnover", "fee", "slippage", "gross_late")
-"""Columns that are fractions of the reference capital."""
-
-
 class Traded(NamedTuple):
     """What one arm did, per bar, in account currency."""
 
@@ -140,11 +165,11 @@ class Traded(NamedTuple):
     """-1 short, 0 flat, 1 long, at the close."""
     entered: NDArray[np.bool_]
     gross: Floats
-    turnover: Floats
     fee: Floats
     slippage: Floats
-    net: Floats
-    net_late: Floats
+    paid: Paid
+    exposure: Floats
+    """At the close, a fraction of the account's equity."""
     equity: Floats
     """As the account says, per symbol."""
     ruined: NDArray[np.bool_]
@@ -156,21 +181,25 @@ class Traded(NamedTuple):
         columns = ", ".join(f"{arm}_{item} AS {item}" for item in _ARM_COLUMNS)
         data = db.execute(f"SELECT {columns} FROM report_bars").fetchnumpy()
         value = {name: np.asarray(data[name], np.float64) for name in _ARM_COLUMNS}
-        money = {name: value[name] * bars.capital for name in _MONEY}
-        costs = money["fee"] + money["slippage"]
         side = np.sign(value["exposure"]).astype(np.int64)
+        money = [value[name] for name in ("gross", "gross_late", "fee", "slippage", "turnover")]
         return cls(
             side=side,
             entered=_entries(side, bars),
-            gross=money["gross"],
-            turnover=money["turnover"],
-            fee=money["fee"],
-            slippage=money["slippage"],
-            net=money["gross"] - costs,
-            net_late=money["gross_late"] - costs,
+            gross=value["gross"] * bars.capital,
+            fee=value["fee"] * bars.capital,
+            slippage=value["slippage"] * bars.capital,
+            paid=pay(*money, bars.capital),
+            exposure=value["exposure"],
             equity=value["equity"],
             ruined=bars.per_symbol(value["ruined"]) > 0.0,
         )
+
+    @property
+    def net(self) -> Floats:
+        """Profit after fees and slippage."""
+        return self.paid.net
+
 
 
 def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[str, ...]:

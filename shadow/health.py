@@ -12,13 +12,8 @@ import duckdb
 import msgspec
 import numpy as np
 
-from shadow.bars import Bars, Traded
+from shadow.bars import ORDER, Bars, Traded
 from shadow.pipeline import OUTCOMES
-
-ORDER = (
-    "split_part(stream_id, '-', 1)::HUGEINT * 1000000000 + split_part(stream_id, '-', 2)::HUGEINT"
-)
-"""Sorts stream ids by time and sequence number; as text `9-10` would come before `9-2`."""
 
 
 class Check(msgspec.Struct, frozen=True):
