@@ -43,17 +43,18 @@ def steps_per_year(step_seconds: int) -> float:
 def sharpe(returns: ArrayLike, per_year: float = 1.0) -> float:
     """Return mean / standard deviation (ddof 0) of the returns, annualised."""
     values = np.asarray(returns, dtype=np.float64)
-    return float(_sharpe(values.mean(), (values**2).mean()) * math.sqrt(per_year))
+    return float(sharpe_from_moments(values.mean(), (values**2).mean()) * math.sqrt(per_year))
 
 
 def sortino(returns: ArrayLike, per_year: float = 1.0) -> float:
     """Return mean / root mean square of the negative returns, annualised."""
     values = np.asarray(returns, dtype=np.float64)
     down = (np.minimum(values, 0.0) ** 2).mean()
-    return float(_sortino(values.mean(), down) * math.sqrt(per_year))
+    return float(sortino_from_moments(values.mean(), down) * math.sqrt(per_year))
 
 
-def _sharpe(mean: ArrayLike, square: ArrayLike) -> Floats:
+def sharpe_from_moments(mean: ArrayLike, square: ArrayLike) -> Floats:
+    """Return the Sharpe ratio per step from the means of the returns and of their squares."""
     mean = np.asarray(mean)
     square = np.asarray(square)
     variance = square - mean**2
@@ -61,7 +62,8 @@ def _sharpe(mean: ArrayLike, square: ArrayLike) -> Floats:
     return np.where(known, mean / np.sqrt(np.where(known, variance, 1.0)), 0.0)
 
 
-def _sortino(mean: ArrayLike, down: ArrayLike) -> Floats:
+def sortino_from_moments(mean: ArrayLike, down: ArrayLike) -> Floats:
+    """Return the Sortino ratio per step from the means of returns and of squared losses."""
     mean = np.asarray(mean)
     down = np.asarray(down)
     return np.where(down > 0.0, mean / np.sqrt(np.where(down > 0.0, down, 1.0)), 0.0)
@@ -73,20 +75,24 @@ def max_drawdown(equity: ArrayLike) -> float:
     return float((1.0 - values / np.maximum.accumulate(values)).max())
 
 
-def block_length(returns: ArrayLike) -> int:
-    """Return the block length of a circular block bootstrap of the mean.
+class _Dependence(NamedTuple):
+    """Flat-top estimates for a series: variance, spectrum at 0, and its slope G."""
 
-    b = (2 G^2 / D)^(1/3) T^(1/3), G = sum w(k/m) |k| R(k), D = 4/3 (sum w(k/m) R(k))^2, with a
-    flat-top window w and m twice the lag from which autocorrelations are insignificant.
+    variance: float
+    spectrum: float
+    slope: float
 
-    Source: Politis and White, Econometric Reviews 23 (2004); Patton et al., 28 (2009).
+
+def _dependence(values: Floats) -> _Dependence | None:
+    """Return sum w(k/m) R(k) and G = sum w(k/m) |k| R(k); None where nothing can be estimated.
+
+    w is a flat-top window, m twice the lag from which autocorrelations are insignificant.
     """
-    values = np.asarray(returns, dtype=np.float64)
     n = len(values)
     centred = values - values.mean()
     variance = float(centred @ centred) / n
     if n < 8 or variance == 0.0:
-        return 1
+        return None
     run = max(5, int(math.sqrt(math.log10(n))))
     lags = min(n - 1, math.ceil(math.sqrt(n)) + run)
     covariance = np.array([centred[k:] @ centred[: n - k] / n for k in range(lags + 1)])
@@ -95,12 +101,52 @@ def block_length(returns: ArrayLike) -> int:
     m = min(2 * max(last, 1), lags)
     k = np.arange(1, m + 1)
     window = np.clip(2.0 * (1.0 - k / m), 0.0, 1.0)  # 1 up to m/2, then down to 0
-    g = 2.0 * float((window * k * covariance[1 : m + 1]).sum())
+    slope = 2.0 * float((window * k * covariance[1 : m + 1]).sum())
     spectrum = variance + 2.0 * float((window * covariance[1 : m + 1]).sum())
-    if spectrum <= 0.0:
-        return 1
-    length = (2.0 * g**2 / (4.0 / 3.0 * spectrum**2)) ** (1 / 3) * n ** (1 / 3)
-    return int(min(max(math.ceil(length), 1), math.ceil(min(3.0 * math.sqrt(n), n / 3.0))))
+    return _Dependence(variance, spectrum, slope)
+
+
+def integrated_autocorrelation(returns: ArrayLike) -> float:
+    """Return tau = 1 + 2 sum rho(k): one independent return is worth so many of these.
+
+    At least 1 / T, should the estimate be negative; 1 where nothing can be estimated. The lags
+    are weighted as for the block length.
+    """
+    values = np.asarray(returns, dtype=np.float64)
+    found = _dependence(values)
+    if found is None:
+        return 1.0
+    return max(found.spectrum / found.variance, 1.0 / len(values))
+
+
+def block_length(returns: ArrayLike) -> int:
+    """Return the block length of a circular block bootstrap of the mean.
+
+    b = (2 G^2 / D)^(1/3) T^(1/3), G = sum w(k/m) |k| R(k), D = 4/3 (sum w(k/m) R(k))^2, with a
+    flat-top window w and m twice the lag from which autocorrelations are insignificant.
+
+    Source: Politis and White, Econometric Reviews 23 (2004); Patton et al., 28 (2009).
+    """
+    return math.ceil(_block_length(returns, 4.0 / 3.0))
+
+
+def stationary_block_length(returns: ArrayLike) -> float:
+    """Return the mean block length of a stationary bootstrap of the mean: D = 2 (...)^2.
+
+    Source: as `block_length`.
+    """
+    return _block_length(returns, 2.0)
+
+
+def _block_length(returns: ArrayLike, factor: float) -> float:
+    values = np.asarray(returns, dtype=np.float64)
+    n = len(values)
+    found = _dependence(values)
+    if found is None or found.spectrum <= 0.0:
+        return 1.0
+    d = factor * found.spectrum**2
+    length = (2.0 * found.slope**2 / d) ** (1 / 3) * n ** (1 / 3)
+    return float(min(max(length, 1.0), math.ceil(min(3.0 * math.sqrt(n), n / 3.0))))
 
 
 def _block_means(columns: Floats, length: int, draws: int, rng: np.random.Generator) -> Floats:
@@ -135,8 +181,8 @@ def ratio_intervals(
     means = _block_means(columns, length, draws, rng)
     scale = math.sqrt(per_year)
     return (
-        _percentiles(_sharpe(means[:, 0], means[:, 1]) * scale),
-        _percentiles(_sortino(means[:, 0], means[:, 2]) * scale),
+        _percentiles(sharpe_from_moments(means[:, 0], means[:, 1]) * scale),
+        _percentiles(sortino_from_moments(means[:, 0], means[:, 2]) * scale),
     )
 
 

@@ -118,6 +118,11 @@ def test_serving_path_imports_neither_torch_nor_gymnasium(entry: str) -> None:
     assert chain_to(entry, HEAVY) is None
 
 
+@pytest.mark.parametrize("entry", ["worker.service", "shadow.sequential", "rlv3.policy"])
+def test_path_of_a_tick_imports_no_scipy(entry: str) -> None:
+    assert chain_to(entry, {"scipy"}) is None
+
+
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
@@ -207,7 +212,8 @@ def test_environment_is_read_at_the_door() -> None:
 PURE = (
     "rlv3.events", "rlv3.features", "rlv3.portfolio", "rlv3.reward", "shadow.codec",
     "shadow.pipeline", "shadow.symbol", "shadow.arms", "shadow.pairing", "shadow.mapping",
-    "shadow.records",
+    "shadow.records", "shadow.sequential", "shadow.inference", "shadow.multiplicity",
+    "shadow.agreement",
 )  # fmt: skip
 
 
