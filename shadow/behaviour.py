@@ -8,7 +8,7 @@ intervals come from resampling whole batches, never single decisions, and bound 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import duckdb
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from rlv3.events import ACTION_TABLE
 from shadow import agreement
-from shadow.bars import Bars, Floats, Ints, Traded
-from shadow.inference import DRAWS, bootstrap_means, interval
+from shadow.bars import Bars, Traded
+from shadow.batches import Floats, Ints
+from shadow.inference import DRAWS, interval
 
 CLASSES = ("long", "short", "hold", "reduce", "exit")
 """What a bar did to a position: add or flip long, add or flip short, nothing, less of it, none."""
@@ -34,7 +35,7 @@ EXTREMES = 20
 FEW_BATCHES = 8
 """Fewer are not resampled."""
 FEW_SAMPLES = 50
-"""Fewer orders draw no reliability curve."""
+"""Fewer orders say nothing about calibration."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95)
 _LONG, _SHORT, _HOLD, _REDUCE, _EXIT = range(5)
 
@@ -243,18 +244,18 @@ def behave(
         batch_us: length of a batch, the unit that is resampled.
         seed: of the resampling; the same gives the same bits.
     """
-    played = _Played.of(db, bars, traded, batch_us)
     rng = np.random.default_rng(seed)
+    played = _Played.of(db, bars, traded, batch_us, rng)
     v3, v2 = played.v3, played.v2
     tables = _count(played, v3.changes, v2.changes, len(CLASSES), bars.warm)
     worst, best = extremes(db, bars, v3.side, v2.side, played.difference, step_us)
     return Behaviour(
-        confusion=_confusion(played, tables, rng),
-        cells=tuple(_cells(played, rng, CLASSES, v3.changes, v2.changes, bars.warm, differ=True)),
-        sides=tuple(_cells(played, rng, SIDES, v3.side + 1, v2.side + 1, None, differ=False)),
+        confusion=_confusion(played, tables),
+        cells=tuple(_cells(played, CLASSES, v3.changes, v2.changes, bars.warm, differ=True)),
+        sides=tuple(_cells(played, SIDES, v3.side + 1, v2.side + 1, None, differ=False)),
         drifts=_drifts(db, played, tables),
-        holding=tuple(_holding(played, name, rng, step_us) for name in ("v3", "v2")),
-        exposure=tuple(_exposure(played, name, rng) for name in ("v3", "v2")),
+        holding=tuple(_holding(played, name, step_us) for name in ("v3", "v2")),
+        exposure=tuple(_exposure(played, name) for name in ("v3", "v2")),
         calibration=_calibration(db, played, rng, step_us),
         latency=_latency(db),
         worst=worst,
@@ -292,6 +293,8 @@ class _Played(NamedTuple):
     starts_us: Ints
     """Begin of every batch."""
     batch_us: int
+    weights: Floats
+    """How often every batch is in each sample of batches; all intervals use the same samples."""
 
     @classmethod
     def of(
@@ -300,11 +303,14 @@ class _Played(NamedTuple):
         bars: Bars,
         traded: Mapping[str, Traded],
         batch_us: int,
+        rng: np.random.Generator,
     ) -> _Played:
         number = (bars.ts_us - 1) // batch_us
-        first = int(number.min(initial=0)) if not len(number) else int(number.min())
-        count = int(number.max(initial=first - 1)) - first + 1
-        opened = db.execute("SELECT open FROM report_bars").fetchnumpy()["open"]
+        first = int(number[0]) if len(number) else 0
+        count = int(number[-1]) - first + 1 if len(number) else 0
+        opened = db.execute(
+            "SELECT open FROM scoped_bars ORDER BY event_ts_us, symbol"
+        ).fetchnumpy()["open"]
         return cls(
             bars=bars,
             v3=_arm(bars, traded["v3"]),
@@ -314,6 +320,7 @@ class _Played(NamedTuple):
             batch=number - first,
             starts_us=(first + np.arange(count)) * batch_us,
             batch_us=batch_us,
+            weights=_weights(count, rng),
         )
 
     def per_batch(self, bars: NDArray[np.intp], *values: Floats) -> Floats:
@@ -321,9 +328,7 @@ class _Played(NamedTuple):
         n = len(self.starts_us)
         return np.stack([np.bincount(self.batch[bars], v, n) for v in values], axis=1)
 
-    def ratio(
-        self, bars: NDArray[np.intp], top: Floats, bottom: Floats, rng: np.random.Generator
-    ) -> Interval:
+    def ratio(self, bars: NDArray[np.intp], top: Floats, bottom: Floats) -> Interval:
         """Return sum(top) / sum(bottom) of some bars, its interval from resampled batches."""
         sums = self.per_batch(bars, top, bottom)
         total = sums.sum(axis=0)
@@ -332,15 +337,25 @@ class _Played(NamedTuple):
         value = float(total[0] / total[1])
         if len(sums) < FEW_BATCHES:
             return Interval(value)
-        draws = bootstrap_means(sums, 1.0, DRAWS, rng)
+        draws = self.weights @ sums
         if not (draws[:, 1] > 0.0).all():  # too rare: some samples of the run have none of it
             return Interval(value)
         return Interval(*interval(value, draws[:, 0] / draws[:, 1]))
 
 
+def _weights(batches: int, rng: np.random.Generator) -> Floats:
+    """Return float64[draws, batches]: samples with replacement of whole batches."""
+    weights = np.zeros((DRAWS, batches))
+    for row in weights if batches >= FEW_BATCHES else ():
+        row[:] = np.bincount(rng.integers(batches, size=batches), minlength=batches)
+    return weights
+
+
 def _arm(bars: Bars, traded: Traded) -> _Arm:
     quantity = traded.exposure * traded.equity / bars.close
-    before = bars.before(quantity)
+    before = np.zeros_like(quantity)
+    before[bars.by_symbol[1:]] = quantity[bars.by_symbol[:-1]]
+    before[bars.first] = 0.0
     change = quantity - before
     moved = (traded.paid.turnover > 0.0) & (
         np.abs(change) > 1e-9 * np.maximum(np.abs(quantity), np.abs(before))
@@ -362,9 +377,7 @@ def _arm(bars: Bars, traded: Traded) -> _Arm:
     )
 
 
-def _count(
-    played: _Played, rows: Ints, columns: Ints, size: int, use: NDArray[np.bool_]
-) -> Floats:
+def _count(played: _Played, rows: Ints, columns: Ints, size: int, use: NDArray[np.bool_]) -> Floats:
     """Return a table of counts per batch, float64[batches, size, size]."""
     n = len(played.starts_us)
     cells = (played.batch * size + rows) * size + columns
@@ -372,36 +385,34 @@ def _count(
     return counts.reshape(n, size, size).astype(np.float64)
 
 
-def _confusion(played: _Played, tables: Floats, rng: np.random.Generator) -> Confusion:
+def _confusion(played: _Played, tables: Floats) -> Confusion:
     v3, v2 = (np.digitize(arm.exposure, EXPOSURE_BINS) for arm in (played.v3, played.v2))
     binned = _count(played, v3, v2, len(EXPOSURE_BINS) + 1, played.bars.warm)
-    used = tables.sum(axis=(1, 2)) > 0.0
-    found = _coefficients(tables[used], agreement.COEFFICIENTS, rng)
-    weighted = _coefficients(binned[used], {"weighted": agreement.weighted_kappa}, rng)
     return Confusion(
         classes=CLASSES,
         table=_whole(tables.sum(axis=0)),
         n=int(tables.sum()),
-        batches=int(used.sum()),
-        raw=found["agreement"],
-        kappa=found["kappa"],
-        ac1=found["ac1"],
-        weighted_kappa=weighted["weighted"],
+        batches=int((tables.sum(axis=(1, 2)) > 0.0).sum()),
+        raw=_coefficient(played, tables, agreement.observed_agreement),
+        kappa=_coefficient(played, tables, agreement.kappa),
+        ac1=_coefficient(played, tables, agreement.ac1),
+        weighted_kappa=_coefficient(played, binned, agreement.weighted_kappa),
         exposure_bins=EXPOSURE_BINS,
         exposure_table=_whole(binned.sum(axis=0)),
     )
 
 
-def _coefficients(
-    tables: Floats, wanted: Mapping[str, agreement.Coefficient], rng: np.random.Generator
-) -> dict[str, Interval]:
-    if not len(tables):
-        return dict.fromkeys(wanted, Interval(None))
+def _coefficient(
+    played: _Played, tables: Floats, coefficient: Callable[[Floats], Floats]
+) -> Interval:
+    total = tables.sum(axis=0)
+    if total.sum() == 0.0:
+        return Interval(None)
+    value = float(coefficient(total))
     if len(tables) < FEW_BATCHES:
-        total = tables.sum(axis=0)
-        return {name: Interval(float(of(total))) for name, of in wanted.items()}
-    found = agreement.agreement(tables, rng=rng, coefficients=wanted)
-    return {name: Interval(*estimate) for name, estimate in found.items()}
+        return Interval(value)
+    draws = played.weights @ tables.reshape(len(tables), -1)
+    return Interval(*interval(value, coefficient(draws.reshape(-1, *total.shape))))
 
 
 def _whole(table: Floats) -> tuple[tuple[int, ...], ...]:
@@ -410,7 +421,6 @@ def _whole(table: Floats) -> tuple[tuple[int, ...], ...]:
 
 def _cells(
     played: _Played,
-    rng: np.random.Generator,
     names: Sequence[str],
     v3: Ints,
     v2: Ints,
@@ -432,7 +442,7 @@ def _cells(
                     v3=mine,
                     v2=other,
                     bars=len(bars),
-                    mean_bps=played.ratio(bars, bps[bars], np.ones(len(bars)), rng),
+                    mean_bps=played.ratio(bars, bps[bars], np.ones(len(bars))),
                     total=float(played.difference[bars].sum()),
                 )
 
@@ -516,7 +526,7 @@ def _overdispersion(counts: Floats, window: Ints) -> float:
 # -- positions -------------------------------------------------------------------------------------
 
 
-def _holding(played: _Played, name: str, rng: np.random.Generator, step_us: int) -> Holding:
+def _holding(played: _Played, name: str, step_us: int) -> Holding:
     bars, arm = played.bars, played.v3 if name == "v3" else played.v2
     first, last, cut = _runs(bars, arm.side)
     held = arm.side[first] != 0
@@ -529,7 +539,7 @@ def _holding(played: _Played, name: str, rng: np.random.Generator, step_us: int)
         arm=name,
         closed=int(done.sum()),
         open=int(cut.sum()),
-        mean=played.ratio(last[done], closed, np.ones(len(closed)), rng),
+        mean=played.ratio(last[done], closed, np.ones(len(closed))),
         quantiles=tuple(quantiles),
     )
 
@@ -547,15 +557,15 @@ def _runs(bars: Bars, key: Ints) -> tuple[Ints, Ints, NDArray[np.bool_]]:
     return order[starts], order[ends], np.isin(order[ends], bars.last)
 
 
-def _exposure(played: _Played, name: str, rng: np.random.Generator) -> Exposure:
+def _exposure(played: _Played, name: str) -> Exposure:
     bars, arm = played.bars, played.v3 if name == "v3" else played.v2
     n = len(bars.ts_us)
     every, ones = np.arange(n), np.ones(n)
     inside = np.clip(arm.exposure, HISTOGRAM[0], HISTOGRAM[-1])
     return Exposure(
         arm=name,
-        mean_abs=played.ratio(every, np.abs(arm.exposure), ones, rng),
-        net=played.ratio(every, arm.exposure, ones, rng),
+        mean_abs=played.ratio(every, np.abs(arm.exposure), ones),
+        net=played.ratio(every, arm.exposure, ones),
         long=_share(arm.side == 1),
         short=_share(arm.side == -1),
         flat=_share(arm.side == 0),
@@ -584,22 +594,12 @@ def _calibration(
     scores, outcomes = confidence[known], right[known].astype(np.float64)
     left_out += int((~known).sum())
     n = len(scores)
-    if n == 0:
-        return Calibration(HORIZON, 0, left_out, *(Interval(None),) * 3, None, ())
-    found = agreement.calibration(scores, outcomes)
-    rate = float(outcomes.mean())
     if n < FEW_SAMPLES:
-        points = (Interval(rate), Interval(found.ece), Interval(found.brier))
-        return Calibration(HORIZON, n, left_out, *points, rate * (1.0 - rate), ())
-    draws = np.empty((DRAWS, 3))
-    for draw in draws:
-        chosen = rng.integers(n, size=n)
-        again = agreement.calibration(scores[chosen], outcomes[chosen])
-        draw[:] = outcomes[chosen].mean(), again.ece, again.brier
-    intervals = (
-        Interval(*interval(value, draws[:, i]))
-        for i, value in enumerate((rate, found.ece, found.brier))
-    )
+        unknown = Interval(None)
+        return Calibration(HORIZON, n, left_out, unknown, unknown, unknown, None, ())
+    found = agreement.calibration_intervals(scores, outcomes, rng=rng)
+    rate = found["rate"].value
+    base_rate, ece, brier = (Interval(*found[name]) for name in ("rate", "ece", "brier"))
     curve = agreement.reliability(scores, outcomes, rng=rng)
     bins = tuple(
         Bin(int(mass), float(score), float(frequency), float(low), float(high))
@@ -607,7 +607,7 @@ def _calibration(
             curve.n, curve.score, curve.frequency, curve.low, curve.high, strict=True
         )
     )
-    return Calibration(HORIZON, n, left_out, *intervals, rate * (1.0 - rate), bins)
+    return Calibration(HORIZON, n, left_out, base_rate, ece, brier, rate * (1.0 - rate), bins)
 
 
 def _samples(played: _Played, step_us: int) -> tuple[Ints, Ints, Ints, int]:
@@ -672,7 +672,7 @@ def _latency(db: duckdb.DuckDBPyConnection) -> tuple[Latency, ...]:
     ).fetchall()
     if all(most <= 0.0 for *_, most in rows):
         return ()
-    return tuple(Latency(kind, n, *quantiles, most) for kind, n, quantiles, most in rows)
+    return tuple(Latency(kind, n, p50, p90, p99, most) for kind, n, (p50, p90, p99), most in rows)
 
 
 # -- the widest disagreements ----------------------------------------------------------------------
@@ -704,6 +704,7 @@ def extremes(
     best = [i for i in rank[: -EXTREMES - 1 : -1].tolist() if gain[i] > 0.0]
     steps = _steps_before(db, bars, first[worst + best], place)
     others = _v2_before(db, bars, first[worst + best])
+    ordered = difference[bars.by_symbol]
     found = [
         Disagreement(
             symbol=bars.symbols[bars.symbol[first[i]]],
@@ -712,7 +713,9 @@ def extremes(
             bars=int(place[last[i]] - place[first[i]]) + 1,
             v3=SIDES[v3[first[i]] + 1],
             v2=SIDES[v2[first[i]] + 1],
-            difference=float(difference[bars.by_symbol[place[first[i]] : place[last[i]] + 1]].sum()),
+            difference=float(
+                difference[bars.by_symbol[place[first[i]] : place[last[i]] + 1]].sum()
+            ),
             v3_decision_id=steps.get(number),
             v2_decision_id=others.get(number),
         )
