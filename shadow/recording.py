@@ -238,14 +238,28 @@ def _artifact(recording: Path, digest: str) -> Policy:
     return Policy.load(recording / "artifacts" / f"{digest}.safetensors")
 
 
-def restored(recording: Path, snapshot: Snapshot, tables_dir: Path | None) -> Pipeline:
+def restored(
+    recording: Path,
+    snapshot: Snapshot,
+    tables_dir: Path | None = None,
+    kind: type[Pipeline] = Pipeline,
+) -> Pipeline:
+    """Return a pipeline in a recording's starting state.
+
+    Args:
+        tables_dir: RL v2's tables, where the worker did not use the shipped ones.
+        kind: the class to make.
+    Raises:
+        DataError: state or tables do not fit.
+        PolicyError: its artifact cannot be used.
+    """
     policy = _artifact(recording, snapshot.policy)
     settings = snapshot.settings
     tables = QTables.load(tables_dir) if settings.rl_v2 == "reference" else None
     digest, expected = None if tables is None else tables.digest, snapshot.frozen["tables"]
     if digest != expected:
         raise DataError(f"expected RL v2's tables {expected}, found {digest}; see --rl-v2-tables")
-    pipeline = Pipeline(policy, tables, settings, snapshot.inputs)
+    pipeline = kind(policy, tables, settings, snapshot.inputs)
     pipeline.counts.update(snapshot.counts)
     try:
         damaged = pipeline.restore(snapshot.cells)
