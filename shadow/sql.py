@@ -1,14 +1,15 @@
 """Any question about a store, in DuckDB's SQL: its tables, and views that answer in one line.
 
 Tables are `decisions`, `v2_decisions`, `pairs`, `unpaired`, `bars`, `outcomes`, `ledger`, `runs`
-and `rejected` (docs/contracts.md has their columns). Nothing can be changed from here: the store's
-files are only read, and what a query makes lives in memory until the end.
+and `rejected` (docs/contracts.md has their columns). They are views of the store's files, which no INSERT, UPDATE
+or DELETE changes; tables that a query makes live in memory until the end.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,12 +122,11 @@ def _rows(found: duckdb.DuckDBPyConnection) -> Iterator[tuple[Any, ...]]:
 def _print(names: Sequence[str], rows: Iterator[tuple[Any, ...]], form: str) -> None:
     if form == "table":
         table = Table(*names)
-        for number, row in enumerate(rows):
-            if number == SHOWN:
-                table.caption = f"the first {SHOWN} rows; --csv prints all"
-                break
+        for row in itertools.islice(rows, SHOWN):
             table.add_row(*map(_cell, row))
         console.out.print(table)
+        if next(rows, None) is not None:
+            console.out.print(f"the first {SHOWN} rows; --csv prints all", highlight=False)
         return
     if form == "csv":
         buffer = io.StringIO()

@@ -139,17 +139,13 @@ def _world(decisions: int, rng: np.random.Generator) -> _World:
             body["source_entry_id"] = signals[symbol, i]
         for copy in range(2 if rng.random() < TWICE else 1):
             at = ms + int(rng.integers(20, 300)) + copy * int(rng.integers(50, 3_000))
-            entries.append(
-                _entry("rl_v2.decision", f"{at}-{900_000 + len(entries)}", body, shared)
-            )
+            entries.append(_entry("rl_v2.decision", f"{at}-{900_000 + len(entries)}", body, shared))
     order = {name: rank for rank, name in enumerate(INPUTS)}
     entries.sort(key=lambda e: (*map(int, e.entry_id.split("-")), order[e.event_type]))
     return _World(entries, {name: entry_id for name, (_, entry_id) in truth.items()})
 
 
-def _entry(
-    event_type: str, entry_id: str, body: dict[str, object], ids: dict[str, str]
-) -> Entry:
+def _entry(event_type: str, entry_id: str, body: dict[str, object], ids: dict[str, str]) -> Entry:
     fields = {
         b"event_type": event_type.encode(),
         b"payload": json.dumps(body).encode(),
