@@ -1,8 +1,8 @@
 """Any question about a store, in DuckDB's SQL: its tables, and views that answer in one line.
 
 Tables are `decisions`, `v2_decisions`, `pairs`, `unpaired`, `bars`, `outcomes`, `ledger`, `runs`
-and `rejected` (docs/contracts.md has their columns). They are views of the store's files, which no INSERT, UPDATE
-or DELETE changes; tables that a query makes live in memory until the end.
+and `rejected` (docs/contracts.md has their columns). They are views of the store's files, which no
+INSERT, UPDATE or DELETE changes; tables that a query makes live in memory until the end.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ VIEWS: dict[str, tuple[str, str]] = {
         "One row per pair: v2's decision and the v3 decision it was compared with.",
         "SELECT p.*, v.strategy, v.model, v.weight, v.size_multiplier, v.leverage, "
         "v.base_direction, v.signal_confidence, v.effective_confidence, v.moves_arm "
-        "FROM pairs AS p LEFT JOIN v2_decisions AS v ON v.decision_id = p.v2_decision_id AND v.run_id = p.run_id",
+        "FROM pairs AS p LEFT JOIN v2_decisions AS v "
+        "ON v.decision_id = p.v2_decision_id AND v.run_id = p.run_id",
     ),
     "coverage": (
         "One row per symbol and day: bars, those without history, with a hole, without a tick.",
