@@ -16,6 +16,43 @@ from numpy.typing import NDArray
 from shadow.batches import Floats, Ints, Paid, pay
 from shadow.records import ARMS
 
+ORDER = (
+    "split_part(stream_id, '-', 1)::HUGEINT * 1000000000 + split_part(stream_id, '-', 2)::HUGEINT"
+)
+"""Sorts stream ids by time and sequence number; as text `9-10` would come before `9-2`."""
+_SCOPED = ("decisions", "v2_decisions", "pairs", "unpaired", "bars", "outcomes")
+
+
+class Scope(NamedTuple):
+    """Which rows a report is about."""
+
+    runs: tuple[str, ...]
+    symbols: tuple[str, ...] | None = None
+    """All for None."""
+    since_us: int | None = None
+    """Rows at or before it are left out: a bar that ends then began before it."""
+    until_us: int | None = None
+    """Rows after it are left out."""
+
+    def install(self, db: duckdb.DuckDBPyConnection) -> None:
+        """Make a view `scoped_<table>` of every table that has rows per symbol and time."""
+        terms = [f"run_id IN ({_texts(self.runs)})"]
+        if self.symbols is not None:
+            terms.append(f"symbol IN ({_texts(self.symbols)})")
+        if self.since_us is not None:
+            terms.append(f"event_ts_us > {self.since_us}")
+        if self.until_us is not None:
+            terms.append(f"event_ts_us <= {self.until_us}")
+        for table in _SCOPED:
+            db.execute(
+                f"CREATE OR REPLACE TEMP VIEW scoped_{table} AS "
+                f"SELECT * FROM {table} WHERE {' AND '.join(terms)}"
+            )
+
+
+def _texts(values: Sequence[str]) -> str:
+    return ", ".join("'" + value.replace("'", "''") + "'" for value in values) or "NULL"
+
 
 class Bars(NamedTuple):
     """The run's bars in (time, symbol) order; all arrays have one element per bar."""
@@ -30,6 +67,8 @@ class Bars(NamedTuple):
     close: Floats
     arrived: Ints
     """Rank in the order of the stream."""
+    run: Ints
+    """Number of the bar's run among those of the scope."""
     symbols: tuple[str, ...]
     regimes: tuple[str, ...]
     grid: Ints
@@ -54,46 +93,30 @@ class Bars(NamedTuple):
     """Bars whose step had to wait for a later tick."""
 
     @classmethod
-    def load(
-        cls,
-        db: duckdb.DuckDBPyConnection,
-        runs: Sequence[str],
-        *,
-        symbols: Sequence[str] | None = None,
-        since_us: int | None = None,
-        until_us: int | None = None,
-    ) -> Bars:
-        """Read the bars of some runs once, ordered, into a table of this cursor.
-
-        Args:
-            symbols: which ones; all for None.
-            since_us: end of a bar, exclusive: bars that began before it are left out.
-            until_us: end of a bar, inclusive.
-        """
+    def load(cls, db: duckdb.DuckDBPyConnection) -> Bars:
+        """Read the bars of the scope that was installed, ordered, into a table of this cursor."""
         columns = ", ".join(f"{arm}_{item}" for arm in ARMS for item in _ARM_COLUMNS)
         db.execute(
             f"""
             CREATE OR REPLACE TEMP TABLE report_bars AS
             SELECT event_ts_us, symbol, coalesce(regime, 'unknown') AS regime, warm, gap, restarted,
                    empty_after, step_decision_id, opponent, opponent_digest, missing_mask, close,
-                   flat_equity AS capital, row_number() OVER (ORDER BY {ORDER}) AS arrived, {columns}
-            FROM bars
-            WHERE run_id IN (SELECT unnest($1)) AND ($2 IS NULL OR symbol IN (SELECT unnest($2)))
-              AND event_ts_us > coalesce($3, 0) AND event_ts_us <= coalesce($4, {_END})
-            ORDER BY event_ts_us, symbol, arrived
-            """,
-            [list(runs), None if symbols is None else list(symbols), since_us, until_us],
+                   flat_equity AS capital, run_id, row_number() OVER (ORDER BY {ORDER}) AS arrived,
+                   {columns}
+            FROM scoped_bars ORDER BY event_ts_us, symbol, arrived
+            """
         )
         symbols = _names(db, "symbol")
         regimes = _names(db, "regime")
+        runs = _names(db, "run_id")
         data = db.execute(
             """
             SELECT event_ts_us, list_position($1, symbol) - 1 AS symbol,
                    list_position($2, regime) - 1 AS regime, warm, capital, close,
-                   arrived
+                   arrived, list_position($3, run_id) - 1 AS run
             FROM report_bars
             """,
-            [list(symbols), list(regimes)],
+            [list(symbols), list(regimes), list(runs)],
         ).fetchnumpy()
         gap, restarted, empty, owed = db.execute(
             """
@@ -117,6 +140,7 @@ class Bars(NamedTuple):
             capital=capital,
             close=np.asarray(data["close"], np.float64),
             arrived=np.asarray(data["arrived"], np.int64),
+            run=np.asarray(data["run"], np.int64),
             symbols=symbols,
             regimes=regimes,
             grid=grid,
@@ -139,12 +163,6 @@ class Bars(NamedTuple):
         """Sum a column per regime."""
         return np.bincount(self.regime, values, len(self.regimes)).astype(np.float64)
 
-
-ORDER = (
-    "split_part(stream_id, '-', 1)::HUGEINT * 1000000000 + split_part(stream_id, '-', 2)::HUGEINT"
-)
-"""Sorts stream ids by time and sequence number; as text `9-10` would come before `9-2`."""
-_END = 2**62
 
 _ARM_COLUMNS = (
     "exposure",
@@ -182,14 +200,20 @@ class Traded(NamedTuple):
         data = db.execute(f"SELECT {columns} FROM report_bars").fetchnumpy()
         value = {name: np.asarray(data[name], np.float64) for name in _ARM_COLUMNS}
         side = np.sign(value["exposure"]).astype(np.int64)
-        money = [value[name] for name in ("gross", "gross_late", "fee", "slippage", "turnover")]
         return cls(
             side=side,
             entered=_entries(side, bars),
             gross=value["gross"] * bars.capital,
             fee=value["fee"] * bars.capital,
             slippage=value["slippage"] * bars.capital,
-            paid=pay(*money, bars.capital),
+            paid=pay(
+                value["gross"],
+                value["gross_late"],
+                value["fee"],
+                value["slippage"],
+                value["turnover"],
+                bars.capital,
+            ),
             exposure=value["exposure"],
             equity=value["equity"],
             ruined=bars.per_symbol(value["ruined"]) > 0.0,
@@ -199,7 +223,6 @@ class Traded(NamedTuple):
     def net(self) -> Floats:
         """Profit after fees and slippage."""
         return self.paid.net
-
 
 
 def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[str, ...]:

@@ -131,6 +131,11 @@ class Batches(NamedTuple):
         """Return one column."""
         return self.values[:, SERIES.index(name)]
 
+    @property
+    def bps_per_day(self) -> float:
+        """Turns a mean per bar into bps of the capital a day."""
+        return 1e4 * self.frame.per_day
+
     def at(self, cost: float = 1.0, *, late: bool = False) -> Floats:
         """Return the difference with all costs multiplied, and every fill at once or a tick later.
 
@@ -151,7 +156,12 @@ class Batches(NamedTuple):
 
 
 def pay(
-    gross: Floats, gross_late: Floats, fee: Floats, slippage: Floats, turnover: Floats, capital: Floats
+    gross: Floats,
+    gross_late: Floats,
+    fee: Floats,
+    slippage: Floats,
+    turnover: Floats,
+    capital: Floats,
 ) -> Paid:
     """Turn an arm's columns, which are fractions of an account's capital, into money."""
     cost = fee * capital + slippage * capital
@@ -362,7 +372,14 @@ def _paid(rows: list[tuple[int, int, BarRow]], name: str) -> Paid:
     arms = [row.arms[name] for _, _, row in rows]
     values = np.array(
         [
-            (arm.gross, arm.gross_late, arm.fee, arm.slippage, arm.turnover, row.arms["flat"].equity)
+            (
+                arm.gross,
+                arm.gross_late,
+                arm.fee,
+                arm.slippage,
+                arm.turnover,
+                row.arms["flat"].equity,
+            )
             for arm, (_, _, row) in zip(arms, rows, strict=True)
         ]
     ).reshape(-1, 6)

@@ -87,6 +87,7 @@ class Result(msgspec.Struct, frozen=True):
     """A gate and what became of it."""
 
     name: str
+    measure: str
     state: State
     found: str
     bound: str
@@ -147,6 +148,7 @@ def _check(gate: Gate, found: Measured, margin: float) -> Result:
     state = _state(gate, found, shift)
     return Result(
         name=gate.name,
+        measure=gate.measure,
         state=state,
         found=found.text or _written(found),
         bound=_bound(gate, shift),

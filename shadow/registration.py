@@ -9,13 +9,12 @@ and settings (the `runs` table says so for every run id) and the bar began at or
 Rows so carry the registration by their run id; a swap of policy starts a run that belongs to none.
 
 Every registration of a store spends a share of alpha, so that testing version after version stays
-honest: alpha_j = alpha 6 / (pi^2 j^2), which sums to alpha.
+honest: see `multiplicity.version_level`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -29,13 +28,13 @@ from shadow.batches import Frame
 from shadow.gates import Gate
 from shadow.records import RunRow
 from shadow.segments import make_directory, sync
+from shadow.sequential import Plan
 
 Mode = Literal["superiority", "non_inferiority"]
 
+FORMAT = 1
 ALPHA = 0.05
-HOUR_US = 3_600_000_000
-DAY_US = 24 * HOUR_US
-_FORMAT = 1
+DAY_US = 86_400_000_000
 _FOLDER = "registrations"
 
 
@@ -47,7 +46,7 @@ class Frozen(msgspec.Struct, frozen=True):
     rl_v2: str
     """reference, bus, off, or v3 in a self-play."""
     tables_digest: str | None
-    """RL v2's tables, where the worker plays its part; null when its decisions come from the bus."""
+    """RL v2's tables, where the worker plays its part; null when it decides on the bus."""
     settings: dict[str, float]
     """Costs, capital, latency and length of a step."""
 
@@ -59,7 +58,7 @@ class Frozen(msgspec.Struct, frozen=True):
             feature_digest=run.feature_digest,
             rl_v2=run.rl_v2,
             tables_digest=run.tables_digest,
-            settings=dict(run.settings),
+            settings=dict(sorted(run.settings.items())),
         )
 
 
@@ -70,7 +69,9 @@ class Pilot(msgspec.Struct, frozen=True):
     holding_p90_bars: float
     """90 % of the positions of both policies were held no longer."""
     tau: float
-    """Variance of the sum of differences over that of independent ones."""
+    """One independent difference is worth so many of these."""
+    batch_bars: int
+    """What it asks for; see `sequential.batch_length`."""
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -91,6 +92,8 @@ class Registration(msgspec.Struct, frozen=True):
     mode: Mode
     margin: float
     """delta, bps a day: non-inferiority margin, and what counts as equal at T_max."""
+    strict_bound: float
+    """Batches are clipped to this, bps a day, for the sequence that assumes nothing."""
     alpha: float
     """This test's share."""
     gates: tuple[Gate, ...]
@@ -121,6 +124,11 @@ class Registration(msgspec.Struct, frozen=True):
         )
 
     @property
+    def plan(self) -> Plan:
+        """Return what the confidence sequence is built with."""
+        return Plan(alpha=self.alpha, horizon=self.horizon)
+
+    @property
     def shift(self) -> float:
         """By how much a bound is lowered, bps a day: the margin in a non-inferiority test."""
         return self.margin if self.mode == "non_inferiority" else 0.0
@@ -129,24 +137,6 @@ class Registration(msgspec.Struct, frozen=True):
 def step_us(settings: dict[str, float]) -> int:
     """Return the length of a bar of a run."""
     return int(settings.get("step_seconds", 60.0) * 1e6)
-
-
-def alpha_of(number: int) -> float:
-    """Return the share of alpha that the test of version `number` (from 1) may spend."""
-    return ALPHA * 6.0 / (math.pi**2 * number**2)
-
-
-def batch_bars(pilot: Pilot | None, *, at_least: int, bar_us: int) -> int:
-    """Return B: max(at_least, 2 x p90 holding time, 12 tau) bars, rounded up to 1 h, 4 h or days."""
-    bars = float(at_least)
-    if pilot is not None:
-        bars = max(bars, 2.0 * pilot.holding_p90_bars, 12.0 * pilot.tau)
-    wanted = bars * bar_us
-    for length in (HOUR_US, 4 * HOUR_US, DAY_US):
-        if wanted <= length and length % bar_us == 0:
-            return length // bar_us
-    days = math.ceil(wanted / DAY_US)
-    return days * DAY_US // bar_us
 
 
 def align(start_us: int, bars: int, bar_us: int) -> int:
@@ -231,8 +221,10 @@ def _read(path: Path) -> Registration:
     except (OSError, msgspec.DecodeError) as error:
         raise DataError(f"expected a registration in {path}, found: {error}") from error
     found = file.registration
-    if found.format != _FORMAT:
-        raise DataError(f"expected a registration of format {_FORMAT} in {path}, found {found.format}")
+    if found.format != FORMAT:
+        raise DataError(
+            f"expected a registration of format {FORMAT} in {path}, found {found.format}"
+        )
     if _digest(found) != file.sha256 or path.stem != f"{found.number:04d}-{found.id}":
         raise DataError(f"expected {path} as it was registered, found that it was changed")
     return found

@@ -5,8 +5,8 @@
     PROMOTE         v3 is better (or, where declared, not worse by the margin) and every gate passes
     KEEP SHADOWING  anything else, with the gate that stands in the way
 
-Only the anytime-valid confidence sequence finds v3 better or worse, so looking every day is allowed.
-Findings of superiority and inferiority are mirror images; the gates are one-sided by intent.
+Only the anytime-valid confidence sequence finds v3 better or worse, so looking every day is
+allowed. Superiority and inferiority mirror each other; the gates are one-sided by intent.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from typing import Literal
 import msgspec
 
 from shadow.gates import Otherwise, Result
+from shadow.sequential import Look
 
 Finding = Literal["superior", "inferior", "not inferior", "equivalent", "undecided"]
 
 PROMOTE, KEEP, REJECT, INVALID = "PROMOTE", "KEEP SHADOWING", "REJECT", "INVALID"
 EXPLORATORY = "exploratory"
 EXIT_CODES = {KEEP: 0, EXPLORATORY: 0, PROMOTE: 10, REJECT: 20, INVALID: 30}
-BURN_IN = 20
-"""Batches, and batches that are not 0, before the confidence sequence may find anything."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -38,52 +37,41 @@ class Verdict(msgspec.Struct, frozen=True):
     exit_code: int
 
 
-class Evidence(msgspec.Struct, frozen=True):
-    """The primary effect, as the verdict sees it; bps a day."""
-
-    batches: int
-    nonzero: int
-    """Batches whose difference is not 0."""
-    mean: float | None
-    low: float | None
-    high: float | None
-    """Confidence sequence; null before it exists."""
-
-
-def find(evidence: Evidence, *, margin: float, shift: float) -> Finding:
+def find(look: Look | None, *, margin: float, shift: float) -> Finding:
     """Say what the confidence sequence has found.
 
     Args:
-        margin: differences within it count as equal.
+        look: at batches in bps a day; None without any.
+        margin: differences within it count as equal, bps a day.
         shift: 0 to ask for superiority, the margin to ask for non-inferiority.
     """
-    low, high = evidence.low, evidence.high
-    if min(evidence.batches, evidence.nonzero) < BURN_IN or low is None or high is None:
+    if look is None or not look.ready:
         return "undecided"
-    if low > 0.0:
+    if look.low > 0.0:
         return "superior"
-    if high < 0.0:
+    if look.high < 0.0:
         return "inferior"
-    if shift and low > -shift:
+    if shift and look.low > -shift:
         return "not inferior"
-    if -margin < low and high < margin:
+    if -margin < look.low and look.high < margin:
         return "equivalent"
     return "undecided"
 
 
-def primary_gate(evidence: Evidence, finding: Finding, *, shift: float) -> Result:
+def primary_gate(look: Look | None, finding: Finding, *, shift: float) -> Result:
     """Return the gate on the primary effect, in the form of all others."""
-    name = "non-inferiority" if shift else "superiority"
-    if evidence.low is None or evidence.mean is None:
-        found = f"{evidence.batches} batches, {evidence.nonzero} of them not 0"
+    if look is None or not look.ready:
+        n, nonzero = (0, 0) if look is None else (look.n, look.nonzero)
+        found = f"{n} batches, {nonzero} of them not 0"
     else:
-        found = f"{evidence.mean:+.2f} [{evidence.low:+.2f}, {evidence.high:+.2f}] bps/day"
+        found = f"{look.mean:+.2f} [{look.low:+.2f}, {look.high:+.2f}] bps/day"
     better = finding in ("superior", "not inferior")
     return Result(
-        name=name,
+        name="non-inferiority" if shift else "superiority",
+        measure="difference",
         state="pass" if better else "fail" if finding == "inferior" else "open",
         found=found,
-        bound=f"interval above {-shift:g} after {BURN_IN} batches",
+        bound=f"all above {-shift:g}" if shift else "all above 0",
         otherwise="keep",
         section="effect",
         blocks=not better,
@@ -103,15 +91,17 @@ def judge(
         eta: when a decision may be expected, as a clause.
     """
     if failed := _first(gates, "invalid"):
-        return _verdict(
-            INVALID, f"The data carry no verdict: {_clause(failed)}.", failed.name
-        )
+        return _verdict(INVALID, f"The data carry no verdict: {_clause(failed)}.", failed.name)
     if finding == "inferior":
         return _verdict(
-            REJECT, f"RL v3 earns less than RL v2: {primary.found}, all of it below 0.", primary.name
+            REJECT,
+            f"RL v3 earns less than RL v2: {primary.found}, all of it below 0.",
+            primary.name,
         )
     if breached := _first(gates, "reject"):
-        return _verdict(REJECT, f"RL v3 breaches a safety bound: {_clause(breached)}.", breached.name)
+        return _verdict(
+            REJECT, f"RL v3 breaches a safety bound: {_clause(breached)}.", breached.name
+        )
     blocking = [gate for gate in (primary, *gates) if gate.blocks]
     if not blocking:
         word = "earns more than" if finding == "superior" else "is not worse than"
@@ -126,7 +116,7 @@ def judge(
     if ended:
         why = f"The test has ended without a decision: {_clause(first)}."
     elif first is primary:
-        why = f"Not decided yet: {primary.found} is not all above its bound{eta}."
+        why = f"Not decided yet: {_clause(first)}{eta}."
     else:
         why = f"The effect is there, but {_clause(first)}."
     return _verdict(KEEP, why, first.name)
