@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-from shadow.inference import DRAWS, LEVEL, Estimate, bootstrap_means, interval
+from shadow.inference import LEVEL, Estimate, bootstrap_means, interval
 
+DRAWS = 999
 BINS = 15
 POINTS = 200  # at most so many points in a reliability curve
 FEW = 5.0  # expected counts below this make the chi-square distribution doubtful
@@ -264,7 +265,7 @@ def reliability(
     outcomes: ArrayLike,
     *,
     rng: np.random.Generator,
-    draws: int = 999,
+    draws: int = DRAWS,
     level: float = LEVEL,
 ) -> Reliability:
     """Return the CORP reliability curve and its consistency band.
