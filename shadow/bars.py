@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shadow.batches import Floats, Ints, Paid, pay
-from shadow.records import ARMS
 
 ORDER = (
     "split_part(stream_id, '-', 1)::HUGEINT * 1000000000 + split_part(stream_id, '-', 2)::HUGEINT"
@@ -64,9 +63,10 @@ class Bars(NamedTuple):
     """Index into `regimes`."""
     warm: NDArray[np.bool_]
     capital: Floats
+    open: Floats
     close: Floats
     arrived: Ints
-    """Rank in the order of the stream."""
+    """Rank in the order of the stream, in which `report_bars` has its rows."""
     run: Ints
     """Number of the bar's run among those of the scope."""
     symbols: tuple[str, ...]
@@ -94,29 +94,27 @@ class Bars(NamedTuple):
 
     @classmethod
     def load(cls, db: duckdb.DuckDBPyConnection) -> Bars:
-        """Read the bars of the scope that was installed, ordered, into a table of this cursor."""
-        columns = ", ".join(f"{arm}_{item}" for arm in ARMS for item in _ARM_COLUMNS)
+        """Read the bars of the scope that was installed; `report_bars` is a view of their rows.
+
+        Columns are read in the order in which they are stored, which is that of the stream, and
+        put in order here: DuckDB would sort all of them again for every arm.
+        """
         db.execute(
-            f"""
-            CREATE OR REPLACE TEMP TABLE report_bars AS
-            SELECT event_ts_us, symbol, coalesce(regime, 'unknown') AS regime, warm, gap, restarted,
-                   empty_after, step_decision_id, opponent, opponent_digest, missing_mask, close,
-                   flat_equity AS capital, run_id, row_number() OVER (ORDER BY {ORDER}) AS arrived,
-                   {columns}
-            FROM scoped_bars ORDER BY event_ts_us, symbol, arrived
+            """
+            CREATE OR REPLACE TEMP VIEW report_bars AS
+            SELECT * REPLACE (coalesce(regime, 'unknown') AS regime), flat_equity AS capital
+            FROM scoped_bars
             """
         )
-        symbols = _names(db, "symbol")
-        regimes = _names(db, "regime")
-        runs = _names(db, "run_id")
+        symbols, symbol_code = _names(db, "symbol")
+        regimes, regime_code = _names(db, "regime")
+        _, run_code = _names(db, "run_id")
         data = db.execute(
-            """
-            SELECT event_ts_us, list_position($1, symbol) - 1 AS symbol,
-                   list_position($2, regime) - 1 AS regime, warm, capital, close,
-                   arrived, list_position($3, run_id) - 1 AS run
+            f"""
+            SELECT event_ts_us, {symbol_code} AS symbol, {regime_code} AS regime, warm, capital,
+                   open, close, {run_code} AS run
             FROM report_bars
-            """,
-            [list(symbols), list(regimes), list(runs)],
+            """
         ).fetchnumpy()
         gap, restarted, empty, owed = db.execute(
             """
@@ -125,25 +123,29 @@ class Bars(NamedTuple):
             FROM report_bars
             """
         ).fetchall()[0]
-        ts_us = np.asarray(data["event_ts_us"], np.int64)
-        grid, cell = np.unique(ts_us, return_inverse=True)
-        symbol = np.asarray(data["symbol"], np.int64)
-        capital = np.asarray(data["capital"], np.float64)
+        ts_us = np.asarray(data.pop("event_ts_us"), np.int64)
+        symbol = np.asarray(data.pop("symbol"), np.int64)
+        order = np.lexsort((symbol, ts_us))  # stable: a bar stored twice stays in stream order
+        ts_us, symbol = ts_us[order], symbol[order]
+        starts = np.flatnonzero(np.diff(ts_us, prepend=-1))
+        cell = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(ts_us)))
+        capital = np.asarray(data.pop("capital"), np.float64)[order]
         by_symbol = np.argsort(symbol, kind="stable")
         bounds = np.searchsorted(symbol[by_symbol], np.arange(len(symbols) + 1))
         first = by_symbol[bounds[:-1]]
         return cls(
             ts_us=ts_us,
             symbol=symbol,
-            regime=np.asarray(data["regime"], np.int64),
-            warm=np.asarray(data["warm"], np.bool_),
+            regime=np.asarray(data.pop("regime"), np.int64)[order],
+            warm=np.asarray(data.pop("warm"), np.bool_)[order],
             capital=capital,
-            close=np.asarray(data["close"], np.float64),
-            arrived=np.asarray(data["arrived"], np.int64),
-            run=np.asarray(data["run"], np.int64),
+            open=np.asarray(data.pop("open"), np.float64)[order],
+            close=np.asarray(data.pop("close"), np.float64)[order],
+            arrived=order,
+            run=np.asarray(data.pop("run"), np.int64)[order],
             symbols=symbols,
             regimes=regimes,
-            grid=grid,
+            grid=ts_us[starts],
             cell=cell,
             by_symbol=by_symbol,
             first=first,
@@ -198,7 +200,9 @@ class Traded(NamedTuple):
         """Read one arm's columns, in the order of `bars`."""
         columns = ", ".join(f"{arm}_{item} AS {item}" for item in _ARM_COLUMNS)
         data = db.execute(f"SELECT {columns} FROM report_bars").fetchnumpy()
-        value = {name: np.asarray(data[name], np.float64) for name in _ARM_COLUMNS}
+        value = {
+            name: np.asarray(data.pop(name), np.float64)[bars.arrived] for name in _ARM_COLUMNS
+        }
         side = np.sign(value["exposure"]).astype(np.int64)
         return cls(
             side=side,
@@ -225,9 +229,14 @@ class Traded(NamedTuple):
         return self.paid.net
 
 
-def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[str, ...]:
+def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[tuple[str, ...], str]:
+    """Return a column's distinct values in order, and SQL for a row's index into them."""
     rows = db.execute(f"SELECT DISTINCT {column} FROM report_bars ORDER BY 1").fetchall()
-    return tuple(name for (name,) in rows)
+    names = tuple(name for (name,) in rows)
+    if not names:
+        return names, "0"
+    db.execute(f"CREATE OR REPLACE TEMP TYPE report_{column} AS ENUM ({_texts(names)})")
+    return names, f"enum_code({column}::report_{column})"
 
 
 def _entries(side: Ints, bars: Bars) -> NDArray[np.bool_]:

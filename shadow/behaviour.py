@@ -245,7 +245,7 @@ def behave(
         seed: of the resampling; the same gives the same bits.
     """
     rng = np.random.default_rng(seed)
-    played = _Played.of(db, bars, traded, batch_us, rng)
+    played = _Played.of(bars, traded, batch_us, rng)
     v3, v2 = played.v3, played.v2
     tables = _count(played, v3.changes, v2.changes, len(CLASSES), bars.warm)
     worst, best = extremes(db, bars, v3.side, v2.side, played.difference, step_us)
@@ -285,7 +285,6 @@ class _Played(NamedTuple):
     bars: Bars
     v3: _Arm
     v2: _Arm
-    open: Floats
     difference: Floats
     """v3's net profit minus v2's, account currency."""
     batch: Ints
@@ -299,7 +298,6 @@ class _Played(NamedTuple):
     @classmethod
     def of(
         cls,
-        db: duckdb.DuckDBPyConnection,
         bars: Bars,
         traded: Mapping[str, Traded],
         batch_us: int,
@@ -308,14 +306,10 @@ class _Played(NamedTuple):
         number = (bars.ts_us - 1) // batch_us
         first = int(number[0]) if len(number) else 0
         count = int(number[-1]) - first + 1 if len(number) else 0
-        opened = db.execute(
-            "SELECT open FROM scoped_bars ORDER BY event_ts_us, symbol"
-        ).fetchnumpy()["open"]
         return cls(
             bars=bars,
             v3=_arm(bars, traded["v3"]),
             v2=_arm(bars, traded["v2"]),
-            open=np.asarray(opened, np.float64),
             difference=traded["v3"].net - traded["v2"].net,
             batch=number - first,
             starts_us=(first + np.arange(count)) * batch_us,
@@ -587,7 +581,7 @@ def _calibration(
     decided, filled, later, left_out = _samples(played, step_us)
     bars, arm = played.bars, played.v3
     gain = np.sign(arm.change[filled]) * arm.turnover[filled]
-    gain *= bars.close[later] / played.open[filled] - 1.0
+    gain *= bars.close[later] / bars.open[filled] - 1.0
     right = gain > arm.cost[filled]
     confidence = _confidence_of(db, bars, decided)
     known = np.isfinite(confidence)
@@ -704,7 +698,6 @@ def extremes(
     best = [i for i in rank[: -EXTREMES - 1 : -1].tolist() if gain[i] > 0.0]
     steps = _steps_before(db, bars, first[worst + best], place)
     others = _v2_before(db, bars, first[worst + best])
-    ordered = difference[bars.by_symbol]
     found = [
         Disagreement(
             symbol=bars.symbols[bars.symbol[first[i]]],

@@ -253,5 +253,6 @@ class Pairing:
         self.open_v2 = [OpenV2(*v) for v in open_v2]
         for name, value in slots.items():
             ring = self.main if name[0] == "m" else self.advisory
-            *facts, taken_by = value if len(value) == len(Candidate._fields) else (*value, ())
-            ring[int(name[1:])] = Candidate(*facts, tuple(taken_by))
+            facts = [*value, ()][: len(Candidate._fields)]  # an earlier version had no taken_by
+            facts[-1] = tuple(facts[-1])
+            ring[int(name[1:])] = Candidate(*facts)
