@@ -11,7 +11,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint type format bench chaos policy clean
+.PHONY: help setup demo test check lint type format bench chaos calibrate policy clean
 
 help:    ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench: .venv/.serving     ## measure the fold: events per second and where the t
 SEEDS ?= 20
 chaos: .venv/.everything  ## play every fault against the worker: SEEDS=200, goes on where it was stopped
 	@$(BIN)/python -m tests.chaos.run --seeds $(SEEDS) $(ARGS)
+
+calibrate: .venv/.everything ## measure how often verdicts are wrong, and how often an edge is found
+	@$(BIN)/python -m tests.calibration.run $(ARGS)
 
 policy: .venv/.everything ## train the shipped policy and RL v2's reference tables again
 	@$(BIN)/python -m rlv3.build_policy

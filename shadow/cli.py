@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
+import msgspec
 import typer
 
 from rlv3 import console
@@ -164,10 +165,15 @@ def register(
 @app.command()
 def backtest(
     data: Annotated[
-        list[Path], typer.Option(help="CSV or Parquet file of one symbol's bars; more may follow.")
-    ],
+        list[Path] | None,
+        typer.Option(help="CSV or Parquet file of one symbol's bars; more may follow."),
+    ] = None,
     more: Annotated[
         list[Path] | None, typer.Argument(metavar="FILE", help="Further files for --data.")
+    ] = None,
+    recording: Annotated[
+        Path | None,
+        typer.Option(help="Directory that `rlv3-worker record` wrote, instead of --data."),
     ] = None,
     policy: Annotated[
         Path | None, typer.Option(help="RL v3's artifact; the shipped one if unset.")
@@ -180,14 +186,23 @@ def backtest(
         typer.Option("--self", help="RL v3 against itself: every difference must be exactly 0."),
     ] = False,
     rl_v2: Annotated[
-        Literal["reference", "off"], typer.Option(help="Who plays RL v2's part.")
+        Literal["reference", "bus", "off"],
+        typer.Option(
+            help="Who plays RL v2's part: its reference until recorded decisions of its own come, "
+            "only those (bus), or nobody."
+        ),
     ] = "reference",
     rl_v2_tables: Annotated[
         Path | None, typer.Option(help="RL v2's Q-tables; the shipped ones if unset.")
     ] = None,
     latency_ms: Annotated[
-        int, typer.Option(min=0, help="Delay from a decision to its fill; 0 is the next open.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Delay from a decision to its fill. By default 0, the next open, for files, and "
+            "the worker's own for a recording.",
+        ),
+    ] = None,
     bar_stamp: Annotated[
         Literal["open", "close"], typer.Option(help="What the files' timestamps mean.")
     ] = "close",
@@ -204,10 +219,15 @@ def backtest(
 
     Exit code 0: done. 2: policy or data cannot be used. 4: --self found a difference.
     """
+    files = [*(data or []), *(more or [])]
+    if bool(files) == (recording is not None):
+        found = "both" if files else "neither"
+        raise ConfigError(f"expected price files with --data or a --recording, found {found}")
     with TemporaryDirectory(prefix="rlv3-backtest-") as scratch:
         done = run_backtest(
             shipped_policy() if policy is None else policy,
-            [*data, *(more or [])],
+            files,
+            recording=recording,
             store_dir=Path(scratch) / "store" if store is None else store,
             rl_v2=rl_v2,
             rl_v2_tables=rl_v2_tables,
@@ -215,7 +235,61 @@ def backtest(
             latency_ms=latency_ms,
             bar_stamp=bar_stamp,
         )
+        console.err.print(
+            f"{done.entries:,} entries of {done.covered_s / 86_400:.1f} days in {done.seconds:.1f} "
+            f"s, {done.speed:,.0f} times as fast as they came",
+            highlight=False,
+        )
         _deliver(read_report(done.store), out, json)
+
+
+@app.command()
+def explain(
+    decision_id: Annotated[str, typer.Argument(help="Of a decision of RL v3.")],
+    store: Annotated[Path, typer.Option(help="Directory that has the decision.")],
+    recording: Annotated[
+        Path | None,
+        typer.Option(help="Directory that `rlv3-worker record` wrote; for advisory decisions."),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Artifact that decided, where the store has no copy.")
+    ] = None,
+    rl_v2_tables: Annotated[
+        Path | None, typer.Option(help="RL v2's Q-tables, where they were not the shipped ones.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Rebuild a decision bit for bit and say what would have changed it.
+
+    Exit code 0: done. 2: it is not there, or cannot be rebuilt from what is. 4: it differs now.
+    """
+    from shadow import explain as explain_
+
+    found = explain_.explain(decision_id, store, recording, policy=policy, tables=rl_v2_tables)
+    if json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        return
+    for line in explain_.lines(found):
+        console.out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def sql(
+    store: Annotated[Path, typer.Option(help="Directory that `collect` or `backtest` wrote.")],
+    command: Annotated[
+        str | None, typer.Option("-c", "--command", help="One query; asks for more if unset.")
+    ] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per row.")] = False,
+) -> None:
+    """Ask a store anything, in DuckDB's SQL: one view per table, and some on top.
+
+    Without a query, `SHOW TABLES` and `DESCRIBE bars` say what there is; at a terminal, queries
+    end with a semicolon. Exit code 2: no store, or DuckDB refuses a query.
+    """
+    from shadow import sql as sql_
+
+    sql_.run(store, command, "csv" if csv else "json" if json else "table")
 
 
 def _frozen(policy: Path, rl_v2: str, tables: Path | None, latency_ms: int) -> Frozen:

@@ -374,6 +374,7 @@ def sharpe_difference(
     Delta = mu1 / s1 - mu2 / s2; its standard error comes from the delta method: the long-run
     variance of the influence g1(t) - g2(t), g = (c (r - mu) - mu (r^2 - c) / 2) / s^3, c the mean
     of r^2. In a bootstrap sample the blocks are independent, so block sums give that variance.
+    The time is O(draws T / length): give batch returns where bars are many.
 
     Args:
         first: float64[T] returns; `second` too.

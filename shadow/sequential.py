@@ -85,8 +85,10 @@ class Look(NamedTuple):
     p_below: float
     lag1: float
     """Correlation of neighbouring batches; 0 where it is unknown."""
+    lag1_limit: float
+    """What two standard errors allow it to be; 2/sqrt(n) if volatility is even."""
     correlated: bool
-    """It lies outside +-2/sqrt(n): the batches are too short, no verdict stands on them."""
+    """It lies outside: the batches are too short, no verdict stands on them."""
     ready: bool
     """Burn-in is over: enough batches, enough that are not zero, and they vary."""
 
@@ -109,6 +111,7 @@ class Looks(NamedTuple):
     p_above: Floats
     p_below: Floats
     lag1: Floats
+    lag1_limit: Floats
     correlated: Bools
     ready: Bools
 
@@ -126,6 +129,8 @@ class Evidence:
     last: float = 0.0
     lag: float = 0.0
     """Sum of products of neighbouring deviations from the mean."""
+    lag_squares: float = 0.0
+    """Sum of the squares of those products, each about the mean at its own time."""
     peak: float = 0.0
     """Largest log e-value at any look so far (0 before burn-in): two-sided, above, below."""
     peak_above: float = 0.0
@@ -145,11 +150,14 @@ class Evidence:
         before = self.mean
         first = batch if n == 1 else self.first
         last = first if n == 1 else self.last
-        lag = 0.0 if n == 1 else _lag(n, self.lag, before, mean, first, last, batch)
+        lag, squares = 0.0, 0.0
+        if n > 1:
+            lag, square = _lag(n, self.lag, before, mean, first, last, batch)
+            squares = self.lag_squares + square
         nonzero = self.nonzero + (batch != 0.0)
         logs = [float(log_e) for log_e in _log_e_values(n, nonzero, mean, m2, plan)]
         return Evidence(
-            n, mean, m2, nonzero, first, batch, lag,
+            n, mean, m2, nonzero, first, batch, lag, squares,
             max(self.peak, logs[0]), max(self.peak_above, logs[1]), max(self.peak_below, logs[2]),
         )  # fmt: skip
 
@@ -161,11 +169,12 @@ class Evidence:
         """
         if self.n == 0:
             raise ValueError("expected at least one batch, found none")
+        n, nonzero = np.asarray(self.n), np.asarray(self.nonzero)
+        mean, m2 = np.asarray(self.mean), np.asarray(self.m2)
+        logs = _log_e_values(n, nonzero, mean, m2, plan)
         peaks = [np.asarray(peak) for peak in (self.peak, self.peak_above, self.peak_below)]
-        arrays = _looks(
-            np.asarray(self.n), np.asarray(self.nonzero), np.asarray(self.mean),
-            np.asarray(self.m2), np.asarray(self.lag), peaks, plan,
-        )  # fmt: skip
+        lags = np.asarray(self.lag), np.asarray(self.lag_squares)
+        arrays = _looks(n, nonzero, mean, m2, lags, logs, peaks, plan)
         return Look._make(value.item() for value in arrays)
 
 
@@ -180,24 +189,24 @@ def looks(batches: ArrayLike, plan: Plan) -> Looks:
     values = np.asarray(batches, dtype=np.float64)
     if not np.isfinite(values).all():
         raise ValueError("expected finite batch means, found nan or inf")
-    mean, m2, lag = np.empty_like(values), np.empty_like(values), np.empty_like(values)
+    mean, m2 = np.empty_like(values), np.empty_like(values)
+    lag, lag_squares = np.zeros_like(values), np.zeros_like(values)
     now = np.zeros(values.shape[:-1])
-    squares, products = np.zeros_like(now), np.zeros_like(now)
+    total = np.zeros_like(now)
     for k in range(values.shape[-1]):
-        before = now
-        now, squares = _welford(k + 1, before, squares, values[..., k])
+        before, value = now, values[..., k]
+        now, total = _welford(k + 1, before, total, value)
+        mean[..., k], m2[..., k] = now, total
         if k > 0:
-            products = _lag(
-                k + 1, products, before, now, values[..., 0], values[..., k - 1], values[..., k]
+            lag[..., k], square = _lag(
+                k + 1, lag[..., k - 1], before, now, values[..., 0], values[..., k - 1], value
             )
-        mean[..., k], m2[..., k], lag[..., k] = now, squares, products
+            lag_squares[..., k] = lag_squares[..., k - 1] + square
     n = np.broadcast_to(np.arange(1, values.shape[-1] + 1), values.shape)
     nonzero = (values != 0.0).cumsum(axis=-1)
-    peaks = [
-        np.maximum.accumulate(log_e, axis=-1).clip(0.0)
-        for log_e in _log_e_values(n, nonzero, mean, m2, plan)
-    ]
-    return _looks(n, nonzero, mean, m2, lag, peaks, plan)
+    logs = _log_e_values(n, nonzero, mean, m2, plan)
+    peaks = [np.maximum.accumulate(log_e, axis=-1).clip(0.0) for log_e in logs]
+    return _looks(n, nonzero, mean, m2, (lag, lag_squares), logs, peaks, plan)
 
 
 def _welford(n: int, mean: _F, m2: _F, value: _F) -> tuple[_F, _F]:
@@ -206,11 +215,12 @@ def _welford(n: int, mean: _F, m2: _F, value: _F) -> tuple[_F, _F]:
     return after, m2 + delta * (value - after)
 
 
-def _lag(n: int, lag: _F, before: _F, after: _F, first: _F, last: _F, value: _F) -> _F:
+def _lag(n: int, lag: _F, before: _F, after: _F, first: _F, last: _F, value: _F) -> tuple[_F, _F]:
     # sum over i of (y[i] - mean)(y[i-1] - mean), moved from the mean before to the mean after
     shift = after - before
     moved = lag + shift * ((first - before) + (last - before)) + (n - 2) * (shift * shift)
-    return moved + (value - after) * (last - after)
+    product = (value - after) * (last - after)
+    return moved + product, product * product
 
 
 def _ready(n: ArrayLike, nonzero: ArrayLike, m2: ArrayLike, plan: Plan) -> Bools:
@@ -238,7 +248,8 @@ def _looks(
     nonzero: NDArray[np.int64],
     mean: Floats,
     m2: Floats,
-    lag: Floats,
+    lags: tuple[Floats, Floats],
+    logs: tuple[Floats, Floats, Floats],
     peaks: list[Floats],
     plan: Plan,
 ) -> Looks:
@@ -246,13 +257,13 @@ def _looks(
     some = n > 1
     both = np.where(some, radius(n, sd, plan.rho2, plan.alpha), np.inf)
     one = np.where(some, radius_one_sided(n, sd, plan.rho2, plan.alpha / 2.0), np.inf)
-    lag1 = np.where(m2 > 0.0, lag / np.where(m2 > 0.0, m2, 1.0), 0.0)
-    logs = _log_e_values(n, nonzero, mean, m2, plan)
+    scale = np.where(m2 > 0.0, m2, np.inf)
+    lag1, limit = lags[0] / scale, 2.0 * np.sqrt(lags[1]) / scale
     p, p_above, p_below = (np.exp(-peak) for peak in peaks)
     return Looks(
         n, nonzero, mean, sd, mean - both, mean + both, mean - one, mean + one,
         logs[0], logs[1], logs[2], p, p_above, p_below,
-        lag1, np.abs(lag1) > 2.0 / np.sqrt(n), _ready(n, nonzero, m2, plan),
+        lag1, limit, np.abs(lag1) > limit, _ready(n, nonzero, m2, plan),
     )  # fmt: skip
 
 

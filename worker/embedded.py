@@ -59,13 +59,20 @@ class ServerBinary(NamedTuple):
 
 
 def find_servers() -> list[ServerBinary]:
-    """Return the usable servers (>= 6.2), those on PATH before the bundled one."""
-    paths = [path for name in NAMES if (path := shutil.which(name)) is not None]
+    """Return the usable servers (>= 6.2): those with every guarantee first, then as on PATH.
+
+    Every folder of PATH is searched: an active virtual environment has the bundled server first,
+    and the machine's own, newer one must still be found behind it.
+    """
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    places = [(folder, name) for name in NAMES for folder in folders]
+    paths = [path for folder, name in places if (path := shutil.which(name, path=folder))]
     bundled = _bundled_server()
     if bundled is not None:
         paths.append(bundled)
     servers = (_inspect(path) for path in dict.fromkeys(paths))
-    return [server for server in servers if server is not None and server.version >= (6, 2, 0)]
+    usable = [server for server in servers if server is not None and server.version >= (6, 2, 0)]
+    return sorted(usable, key=lambda server: server.tier != "7")
 
 
 def _bundled_server() -> str | None:

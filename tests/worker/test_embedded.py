@@ -19,6 +19,23 @@ def test_find_servers_finds_the_bundled_redis_62() -> None:
     assert [(server.version, server.tier) for server in bundled] == [((6, 2, 14), "6.2")]
 
 
+def test_find_servers_looks_behind_the_first_folder_of_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, version in (("environment", "6.2.14"), ("machine", "7.0.15")):
+        program = tmp_path / folder / "redis-server"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\necho Redis server v={version}\n")
+        program.chmod(0o755)
+    folders = [str(tmp_path / "environment"), "", str(tmp_path / "machine")]
+    monkeypatch.setenv("PATH", ":".join(folders))
+    found = [server for server in find_servers() if str(tmp_path) in server.path]
+    assert [(server.tier, server.version) for server in found] == [
+        ("7", (7, 0, 15)),
+        ("6.2", (6, 2, 14)),
+    ]
+
+
 def test_kill_and_restart_keeps_what_the_append_only_file_kept(durable_server) -> None:
     with redis.Redis.from_url(durable_server.url) as client:
         client.set("key", "value")

@@ -22,6 +22,7 @@ import redis
 from rlv3.errors import DataError
 from rlv3.features import Normaliser
 from rlv3.policy import Policy, build_artifact, shipped_policy
+from shadow.recording import load_snapshot
 from shadow.segments import list_segments, read_position
 from worker import logs
 from worker.artifact import load_policy
@@ -31,7 +32,7 @@ from worker.config import WorkerConfig
 from worker.embedded import RedisServer, leashed
 from worker.errors import CheckFailed
 from worker.keys import Keys
-from worker.recorder import load_snapshot, record
+from worker.recorder import record
 from worker.service import Worker
 
 KEYS = Keys()
