@@ -290,6 +290,29 @@ def _total(values: Floats) -> float:
     return total
 
 
+Columns = tuple[float, ...]
+"""A row as numbers: per player gross, gross_late, fee, slippage, turnover; then the capital."""
+
+COLUMN_NAMES = (
+    *(
+        f"{name}_{item}"
+        for name in PLAYERS
+        for item in ("gross", "gross_late", "fee", "slippage", "turnover")
+    ),
+    "flat_equity",
+)
+"""The same as columns of the store's table of bars."""
+
+
+def columns_of(row: BarRow) -> Columns:
+    """Return a row as numbers."""
+    found: list[float] = []
+    for name in PLAYERS:
+        arm = row.arms[name]
+        found += (arm.gross, arm.gross_late, arm.fee, arm.slippage, arm.turnover)
+    return (*found, row.arms["flat"].equity)
+
+
 class Batcher:
     """Forms the same batches from rows as they come, each row and each batch at constant cost."""
 
@@ -297,7 +320,7 @@ class Batcher:
         self.frame = frame
         self._number = {name: place for place, name in enumerate(frame.symbols)}
         self._newest: dict[int, int] = {}
-        self._open: dict[int, list[tuple[int, int, BarRow]]] = {}
+        self._open: dict[int, list[tuple[int, int, Columns]]] = {}
         self._next = frame.first  # the oldest window that has not closed
         self._values = _Growing(len(SERIES))
         self._by_symbol = _Growing(len(frame.symbols))
@@ -305,23 +328,32 @@ class Batcher:
         self._discarded = self._late = self._repeated = self._watermark = 0
         self._discarded_profit = 0.0
 
-    def add(self, row: BarRow) -> bool:
-        """Take one row; return whether a complete batch has closed."""
-        frame, symbol = self.frame, self._number.get(row.symbol)
-        if symbol is None:
+    def add(self, symbol: str, ts_us: int, columns: Columns) -> bool:
+        """Take one row; return whether it counts.
+
+        Args:
+            ts_us: end of the bar.
+        """
+        frame, number = self.frame, self._number.get(symbol)
+        if number is None:
             return False
-        ts_us = row.event_ts_us
-        if ts_us <= self._newest.get(symbol, -1):
+        if ts_us <= self._newest.get(number, -1):
             self._repeated += 1
             return False
-        self._newest[symbol] = ts_us
+        self._newest[number] = ts_us
         own = (ts_us - 1) // frame.batch_us
         window = max(own, self._open_at(self._watermark))
-        if own >= frame.first and window < frame.end:
+        counts = own >= frame.first and window < frame.end
+        if counts:
             self._late += window > own
-            self._open.setdefault(window, []).append((ts_us, symbol, row))
+            self._open.setdefault(window, []).append((ts_us, number, columns))
         self._watermark = max(self._watermark, ts_us)
-        return self._close()
+        self._close()
+        return counts
+
+    def __len__(self) -> int:
+        """Return how many complete batches have closed."""
+        return len(self._windows)
 
     def batches(self) -> Batches:
         """Return the batches so far."""
@@ -340,50 +372,38 @@ class Batcher:
     def _open_at(self, watermark_us: int) -> int:
         return (watermark_us - GRACE_BARS * self.frame.step_us - 1) // self.frame.batch_us
 
-    def _close(self) -> bool:
+    def _close(self) -> None:
         end = min(self._open_at(self._watermark), self.frame.end)
-        closed = False
         while self._next < end:
             window, self._next = self._next, self._next + 1
-            closed = self._close_one(window, self._open.pop(window, [])) or closed
-        return closed
+            self._close_one(window, self._open.pop(window, []))
 
-    def _close_one(self, window: int, rows: list[tuple[int, int, BarRow]]) -> bool:
+    def _close_one(self, window: int, rows: list[tuple[int, int, Columns]]) -> None:
         frame = self.frame
-        rows.sort(key=lambda item: item[:2])
+        rows.sort(key=lambda row: row[:2])
         start = window * frame.batch_us
         covered = len({ts_us for ts_us, _, _ in rows if ts_us > start})
         place = np.zeros(len(rows), np.int64)
-        columns = series({name: _paid(rows, name) for name in PLAYERS})
+        columns = series(_paid([row for _, _, row in rows]))
         sums = np.array([np.bincount(place, values, 1)[0] for values in columns])
         if not _is_complete(frame, np.asarray(covered)):
             self._discarded += 1
             self._discarded_profit += float(sums[0] / frame.capital)
-            return False
-        symbols = np.array([symbol for _, symbol, _ in rows])
+            return
+        symbols = np.array([number for _, number, _ in rows])
         scale = frame.bars * frame.capital
         self._windows.append(window)
         self._values.append(sums / scale)
         self._by_symbol.append(np.bincount(symbols, columns[0], len(frame.symbols)) / scale)
-        return True
 
 
-def _paid(rows: list[tuple[int, int, BarRow]], name: str) -> Paid:
-    arms = [row.arms[name] for _, _, row in rows]
-    values = np.array(
-        [
-            (
-                arm.gross,
-                arm.gross_late,
-                arm.fee,
-                arm.slippage,
-                arm.turnover,
-                row.arms["flat"].equity,
-            )
-            for arm, (_, _, row) in zip(arms, rows, strict=True)
-        ]
-    ).reshape(-1, 6)
-    return pay(*values.T)
+def _paid(rows: list[Columns]) -> dict[str, Paid]:
+    table = np.array(rows, np.float64).reshape(-1, len(COLUMN_NAMES)).T
+    found = {}
+    for place, name in enumerate(PLAYERS):
+        gross, gross_late, fee, slippage, turnover = table[5 * place : 5 * place + 5]
+        found[name] = pay(gross, gross_late, fee, slippage, turnover, table[-1])
+    return found
 
 
 class _Growing:

@@ -91,12 +91,10 @@ def register(
         )
     symbols = terms.symbols or seen.symbols
     if not symbols:
-        raise UserError(
-            "expected the symbols that count, found no bar to take them from: --symbols"
-        )
+        raise UserError("expected symbols that count, found no bar to take them from: --symbols")
     bar_us = step_us(frozen.settings)
     pilot = seen.pilot
-    bars = max(terms.batch_bars, 60 if pilot is None else pilot.batch_bars)
+    bars = max(terms.batch_bars, 0 if pilot is None else pilot.batch_bars)
     start_us = max(int(now.timestamp() * 1e6), seen.newest_us)
     earlier = read_registrations(store) if store.is_dir() else ()
     number = len(earlier) + terms.earlier_versions + 1

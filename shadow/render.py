@@ -204,7 +204,8 @@ def _outcome_columns(report: Report) -> list[str]:
 
 
 def _charts(report: Report) -> Iterator[tuple[str, Markup]]:
-    """Yield the drawings by name; nothing when no bar has closed."""
+    """Yield the drawings by name; an empty one for what cannot be drawn yet."""
+    yield from dict.fromkeys(("number_line", "evidence", "coverage", "equity"), Markup("")).items()
     yield from _effect_charts(report)
     covered = report.health.coverage
     if covered.time_us:

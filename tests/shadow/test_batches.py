@@ -17,6 +17,7 @@ from shadow.batches import (
     Batches,
     Frame,
     Rows,
+    columns_of,
     form,
     pay,
 )
@@ -37,7 +38,9 @@ def bar(symbol: str, minute: int, v3: ArmBar = FLAT, v2: ArmBar = FLAT) -> BarRo
     )  # fmt: skip
 
 
-def arm(gross: float, cost: float = 0.0, late: float | None = None, turnover: float = 0.0) -> ArmBar:
+def arm(
+    gross: float, cost: float = 0.0, late: float | None = None, turnover: float = 0.0
+) -> ArmBar:
     late = gross if late is None else late
     return ArmBar(0.1, gross, turnover, cost / 2, cost / 2, late, CAPITAL, False)
 
@@ -76,7 +79,7 @@ def together(frame: Frame, rows: Sequence[BarRow]) -> tuple[Batches, Assigned]:
 def one_by_one(frame: Frame, rows: Sequence[BarRow]) -> Batches:
     batcher = Batcher(frame)
     for row in rows:
-        batcher.add(row)
+        batcher.add(row.symbol, row.event_ts_us, columns_of(row))
     return batcher.batches()
 
 
