@@ -195,6 +195,53 @@ def strip(times_us: Sequence[int], shares: Sequence[float], *, title: str) -> st
     return "".join(parts)
 
 
+class Bin(NamedTuple):
+    """One point of a reliability diagram; all are shares of 1."""
+
+    confidence: float
+    share: float
+    low: float
+    high: float
+    isotonic: float
+
+
+def reliability(bins: Sequence[Bin], *, title: str) -> str:
+    """Draw how often something came true against how sure it was said to be."""
+    size, left, top = 340, 52, 10
+    inner = size - left - top
+
+    def x(share: float) -> float:
+        return left + inner * share
+
+    def y(share: float) -> float:
+        return top + inner * (1.0 - share)
+
+    parts = [
+        f'<svg class="square" viewBox="0 0 {size} {size + 4}" role="img" '
+        f'aria-label="{escape(title)}">'
+    ]
+    for tenth in range(0, 11, 2):
+        at = tenth / 10
+        parts.append(
+            f'<path class="grid" d="M{x(at):.1f} {top}V{top + inner}M{left} {y(at):.1f}h{inner}"/>'
+            f'<text x="{x(at):.1f}" y="{top + inner + 16}" text-anchor="middle">{at:.1f}</text>'
+            f'<text x="{left - 6}" y="{y(at) + 4:.1f}" text-anchor="end">{at:.1f}</text>'
+        )
+    parts.append(f'<path class="mark" d="M{x(0.0)} {y(0.0)}L{x(1.0)} {y(1.0)}"/>')
+    steps = [(x(item.confidence), y(item.isotonic)) for item in bins]
+    parts.append(f'<path class="line arm-v3" d="{_path(steps)}"/>')
+    for item in bins:
+        at = x(item.confidence)
+        parts.append(
+            f'<path class="thin" d="M{at:.1f} {y(item.low):.1f}V{y(item.high):.1f}"/>'
+            f'<circle class="hollow" cx="{at:.1f}" cy="{y(item.share):.1f}" r="3.5"/>'
+        )
+    parts.append(
+        f'<text x="{left + inner / 2:.0f}" y="{size}" text-anchor="middle">confidence</text></svg>'
+    )
+    return "".join(parts)
+
+
 def _side(low: float, high: float) -> str:
     """Return on which side of 0 an interval lies."""
     return "above" if low > 0.0 else "below" if high < 0.0 else "open"

@@ -205,12 +205,23 @@ def _outcome_columns(report: Report) -> list[str]:
 
 def _charts(report: Report) -> Iterator[tuple[str, Markup]]:
     """Yield the drawings by name; an empty one for what cannot be drawn yet."""
-    yield from dict.fromkeys(("number_line", "evidence", "coverage", "equity"), Markup("")).items()
+    yield from dict.fromkeys(
+        ("number_line", "evidence", "coverage", "reliability", "equity"), Markup("")
+    ).items()
     yield from _effect_charts(report)
     covered = report.health.coverage
     if covered.time_us:
         title = "Share of the bars that are there, by hour"
         yield "coverage", Markup(charts.strip(covered.time_us, covered.share, title=title))
+    bins = [
+        charts.Bin(item.confidence, share, low, high, item.isotonic)
+        for item in report.behaviour.calibration.bins
+        if (share := item.came_true.value) is not None
+        and (low := item.came_true.low) is not None
+        and (high := item.came_true.high) is not None
+    ]
+    if bins:
+        yield "reliability", Markup(charts.reliability(bins, title="Reliability of confidence"))
     curves = report.curves
     if not curves.time_us:
         return
