@@ -157,6 +157,14 @@ class Bars(NamedTuple):
             owed_steps=int(owed),
         )
 
+    def at(self, symbol: Ints, ts_us: Ints) -> Ints:
+        """Return the newest bar of a symbol that had ended by a time, -1 where there is none."""
+        most = int(max(self.ts_us.max(initial=0), ts_us.max(initial=0))) + 1
+        keys = self.symbol[self.by_symbol] * most + self.ts_us[self.by_symbol]
+        place = np.searchsorted(keys, symbol * most + ts_us, side="right") - 1
+        found = self.by_symbol[np.maximum(place, 0)]
+        return np.where((place >= 0) & (self.symbol[found] == symbol), found, -1)
+
     def per_symbol(self, values: Floats | NDArray[np.bool_]) -> Floats:
         """Sum a column per symbol."""
         return np.bincount(self.symbol, values, len(self.symbols)).astype(np.float64)

@@ -180,7 +180,9 @@ def _funnel(
     yield Stage("received", read, read + lost, "entries of the bus that were read before trimming")
     yield Stage("valid", read - dead, read, "of these, entries that could be decoded")
     pairs = count(db, "SELECT count(*) FROM scoped_pairs")
-    alone = count(db, "SELECT count(*) FROM scoped_unpaired WHERE side = 'v2'")
+    alone = count(
+        db, "SELECT count(*) FROM scoped_unpaired WHERE side = 'v2' AND reason <> 'duplicate'"
+    )
     yield Stage("matched", pairs, pairs + alone, "decisions of RL v2 that have their v3 decision")
     n = len(bars.ts_us)
     yield Stage(
@@ -202,31 +204,38 @@ def _asymmetries(
     db: duckdb.DuckDBPyConnection, bars: Bars, volatility: Ints
 ) -> Iterator[Asymmetry]:
     """Yield a test per grouping: v3 failing in fast markets would be survivorship."""
-    db.register("bar_volatility", {"arrived": bars.arrived, "volatility": volatility})
-    db.execute(
-        """
-        CREATE OR REPLACE TEMP TABLE due AS
-        SELECT due.symbol, coalesce(bar.regime, 'unknown') AS regime, alone,
-               coalesce(bar.volatility, -1) AS volatility
-        FROM (
-            SELECT symbol, event_ts_us, false AS alone FROM scoped_pairs
-            UNION ALL
-            SELECT symbol, event_ts_us, true FROM scoped_unpaired WHERE side = 'v2'
-        ) AS due
-        ASOF LEFT JOIN (
-            SELECT symbol, regime, event_ts_us, volatility
-            FROM report_bars JOIN bar_volatility USING (arrived)
-        ) AS bar ON due.symbol = bar.symbol AND due.event_ts_us >= bar.event_ts_us
-        """
-    )
-    db.unregister("bar_volatility")
-    for by in ("symbol", "regime", "volatility"):
-        rows = db.execute(
-            f"SELECT {by}, count(*), count(*) FILTER (alone) FROM due GROUP BY 1 ORDER BY 1"
-        ).fetchall()
-        if by == "volatility":
-            rows = [(VOLATILITY[number], n, alone) for number, n, alone in rows]
-        yield Asymmetry(by, tuple(rows), _alike([row[1:] for row in rows]))
+    rows = db.execute(_DUE).fetchnumpy() if len(bars.ts_us) else {"symbol": np.zeros(0, np.int64)}
+    symbol = np.ma.filled(np.ma.asarray(rows["symbol"]).astype(np.int64), -1)
+    if not (symbol >= 0).any():
+        return
+    n, alone = (np.asarray(rows[name], np.int64) for name in ("n", "alone"))
+    bar = bars.at(symbol, np.asarray(rows["ts_us"], np.int64))
+    groups = {
+        "symbol": (symbol, bars.symbols),
+        "regime": (np.where(bar < 0, -1, bars.regime[bar]), bars.regimes),
+        "volatility": (np.where(bar < 0, -1, volatility[bar]), VOLATILITY[:-1]),
+    }
+    for by, (group, names) in groups.items():
+        names = (*names, "not known")
+        total, missing = (np.bincount(group % len(names), x, len(names)) for x in (n, alone))
+        counts = [
+            (name, int(total[i]), int(missing[i])) for i, name in enumerate(names) if total[i]
+        ]
+        yield Asymmetry(by, tuple(counts), _alike([row[1:] for row in counts]))
+
+
+_DUE = """
+    SELECT enum_code(TRY_CAST(symbol AS report_symbol)) AS symbol,
+           event_ts_us // 1000000 * 1000000 AS ts_us,
+           count(*) AS n, count(*) FILTER (alone) AS alone
+    FROM (
+        SELECT symbol, event_ts_us, false AS alone FROM scoped_pairs
+        UNION ALL
+        SELECT symbol, event_ts_us, true FROM scoped_unpaired
+        WHERE side = 'v2' AND reason <> 'duplicate'
+    ) GROUP BY ALL
+"""
+"""Decisions of RL v2 by symbol and second: those of one second share their bar."""
 
 
 def _alike(groups: Sequence[tuple[int, int]]) -> float | None:
