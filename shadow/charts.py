@@ -150,23 +150,26 @@ def number_line(
     return "".join(parts)
 
 
-def interval_bar(value: float, low: float, high: float, reach: float) -> str:
+def interval_bar(
+    value: float, low: float, high: float, reach: float, *, more_is_better: bool = True
+) -> str:
     """Draw a value and its interval inside a table cell, on a scale from -reach to reach.
 
-    What lies wholly above 0 is filled and points up, wholly below points down, else it is hollow.
+    What lies wholly above 0 points up, wholly below points down, else it is hollow; the colour
+    says whether that is better.
     """
     reach = reach or 1.0
 
     def x(at: float) -> float:
         return 60.0 + 56.0 * min(max(at / reach, -1.0), 1.0)
 
-    kind = _side(low, high)
-    at = x(value)
+    side, at = _side(low, high), x(value)
+    kind = "open" if side == "open" else "above" if (side == "above") == more_is_better else "below"
     shape = {
-        "above": f'<path class="point above" d="M{at - 4:.1f} 11h8l-4 -8z"/>',
-        "below": f'<path class="point below" d="M{at - 4:.1f} 3h8l-4 8z"/>',
+        "above": f'<path class="point {kind}" d="M{at - 4:.1f} 11h8l-4 -8z"/>',
+        "below": f'<path class="point {kind}" d="M{at - 4:.1f} 3h8l-4 8z"/>',
         "open": f'<circle class="hollow" cx="{at:.1f}" cy="7" r="3.2"/>',
-    }[kind]
+    }[side]
     return (
         '<svg class="interval" viewBox="0 0 120 14" aria-hidden="true">'
         '<path class="zero" d="M60 0V14"/>'
@@ -201,8 +204,8 @@ class Bin(NamedTuple):
     confidence: float
     share: float
     low: float
+    """Where the share of a calibrated confidence may well lie."""
     high: float
-    isotonic: float
 
 
 def reliability(bins: Sequence[Bin], *, title: str) -> str:
@@ -228,14 +231,12 @@ def reliability(bins: Sequence[Bin], *, title: str) -> str:
             f'<text x="{left - 6}" y="{y(at) + 4:.1f}" text-anchor="end">{at:.1f}</text>'
         )
     parts.append(f'<path class="mark" d="M{x(0.0)} {y(0.0)}L{x(1.0)} {y(1.0)}"/>')
-    steps = [(x(item.confidence), y(item.isotonic)) for item in bins]
-    parts.append(f'<path class="line arm-v3" d="{_path(steps)}"/>')
-    for item in bins:
-        at = x(item.confidence)
-        parts.append(
-            f'<path class="thin" d="M{at:.1f} {y(item.low):.1f}V{y(item.high):.1f}"/>'
-            f'<circle class="hollow" cx="{at:.1f}" cy="{y(item.share):.1f}" r="3.5"/>'
-        )
+    upper = [(x(item.confidence), y(item.high)) for item in bins]
+    lower = [(x(item.confidence), y(item.low)) for item in bins]
+    points = [(x(item.confidence), y(item.share)) for item in bins]
+    parts.append(f'<path class="band fill-flat" d="{_path(upper + lower[::-1])}Z"/>')
+    parts.append(f'<path class="line arm-v3" d="{_path(points)}"/>')
+    parts += [f'<circle class="hollow" cx="{at:.1f}" cy="{up:.1f}" r="3"/>' for at, up in points]
     parts.append(
         f'<text x="{left + inner / 2:.0f}" y="{size}" text-anchor="middle">confidence</text></svg>'
     )
@@ -319,8 +320,6 @@ def _utc(seconds: int) -> datetime:
 
 
 def _anchor(x: float) -> str:
-    if x < LEFT + 30:
-        return "start"
     return "end" if x > WIDTH - RIGHT - 30 else "middle"
 
 

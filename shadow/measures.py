@@ -61,7 +61,7 @@ def measures(
         "discarded_share": _share(batches.discarded, batches.discarded + k),
         "lag_one": Measured(
             None if look is None or not look.ready else abs(look.lag1) * math.sqrt(look.n),
-            text=f"{0.0 if look is None else look.lag1:+.3f} over {k} batches",
+            text=_lag_one(look),
         ),
         "ruined": Measured(float(len(counted.ruined)), text=", ".join(counted.ruined) or "none"),
         "regimes": _regimes(counted),
@@ -93,6 +93,12 @@ def guardrails(batches: Batches) -> tuple[Compared, Compared]:
     length = bootstrap_length(v3, v2, v3 - v2)
     tail = compare(v3, v2, {"tail": _tail_loss}, rng=rng, length=length)["tail"]
     return tail, compare(traded[0], traded[1], {"mean": mean}, rng=rng, length=length)["mean"]
+
+
+def _lag_one(look: Look | None) -> str:
+    if look is None or not look.ready:
+        return "burn-in"
+    return f"{abs(look.lag1) * math.sqrt(look.n):.2f} (correlation {look.lag1:+.3f})"
 
 
 def _tail_loss(returns: Floats) -> Floats:

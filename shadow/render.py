@@ -144,7 +144,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "money": money, "amount": amount, "percent": percent, "kappa": text.kappa,
-        "moment": text.moment, "signed": text.signed, "plain": text.plain, "bounds": text.bounds,
+        "moment": text.moment, "signed": text.signed, "plain": text.plain, "bounds": text.bounds, "span": text.span,
         "probability": text.probability, "evidence": text.evidence, "days": text.days,
         "count": "{:,}".format, "decimal": "{:,.2f}".format, "exp": _exponential,
     }  # fmt: skip
@@ -166,10 +166,11 @@ def _bar(share: float, key: str) -> Markup:
     return Markup(charts.bar(share, key))
 
 
-def _interval_bar(found: Range, reach: float) -> Markup:
+def _interval_bar(found: Range, reach: float, more_is_better: bool = True) -> Markup:
     if found.value is None or found.low is None or found.high is None:
         return Markup("")
-    return Markup(charts.interval_bar(found.value, found.low, found.high, reach))
+    ends = found.value, found.low, found.high
+    return Markup(charts.interval_bar(*ends, reach, more_is_better=more_is_better))
 
 
 def _reach(ranges: Sequence[Range]) -> float:
@@ -214,11 +215,8 @@ def _charts(report: Report) -> Iterator[tuple[str, Markup]]:
         title = "Share of the bars that are there, by hour"
         yield "coverage", Markup(charts.strip(covered.time_us, covered.share, title=title))
     bins = [
-        charts.Bin(item.confidence, share, low, high, item.isotonic)
+        charts.Bin(item.confidence, item.came_true, item.low, item.high)
         for item in report.behaviour.calibration.bins
-        if (share := item.came_true.value) is not None
-        and (low := item.came_true.low) is not None
-        and (high := item.came_true.high) is not None
     ]
     if bins:
         yield "reliability", Markup(charts.reliability(bins, title="Reliability of confidence"))

@@ -36,7 +36,7 @@ from shadow.bars import ORDER, Bars, Scope, Traded, drawdown, equity
 from shadow.batches import GRACE_BARS, Assigned, Batches, Floats, Frame, Ints, Rows, form
 from shadow.behaviour import Behaviour, behave
 from shadow.effect import Effect, Range, one_look
-from shadow.fidelity import Fidelity, Replay, find_policy, read_replay
+from shadow.fidelity import Fidelity, Replayed, find_policy, read_replay
 from shadow.gates import Gate, Measured, Result, check, digest, read_gates
 from shadow.health import Health, count
 from shadow.measures import SEED, Counted, measures
@@ -334,7 +334,7 @@ class Inputs(NamedTuple):
     collected: Mapping[str, Mapping[str, int]] = {}
     """Stream -> what the collector counted."""
     registrations: tuple[Registration, ...] = ()
-    replay: Replay | None = None
+    replay: Replayed | None = None
     directory: Path | None = None
     """Where artifacts are looked for."""
 
