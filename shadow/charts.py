@@ -150,23 +150,26 @@ def number_line(
     return "".join(parts)
 
 
-def interval_bar(value: float, low: float, high: float, reach: float) -> str:
+def interval_bar(
+    value: float, low: float, high: float, reach: float, *, more_is_better: bool = True
+) -> str:
     """Draw a value and its interval inside a table cell, on a scale from -reach to reach.
 
-    What lies wholly above 0 is filled and points up, wholly below points down, else it is hollow.
+    What lies wholly above 0 points up, wholly below points down, else it is hollow; the colour
+    says whether that is better.
     """
     reach = reach or 1.0
 
     def x(at: float) -> float:
         return 60.0 + 56.0 * min(max(at / reach, -1.0), 1.0)
 
-    kind = _side(low, high)
-    at = x(value)
+    side, at = _side(low, high), x(value)
+    kind = "open" if side == "open" else "above" if (side == "above") == more_is_better else "below"
     shape = {
-        "above": f'<path class="point above" d="M{at - 4:.1f} 11h8l-4 -8z"/>',
-        "below": f'<path class="point below" d="M{at - 4:.1f} 3h8l-4 8z"/>',
+        "above": f'<path class="point {kind}" d="M{at - 4:.1f} 11h8l-4 -8z"/>',
+        "below": f'<path class="point {kind}" d="M{at - 4:.1f} 3h8l-4 8z"/>',
         "open": f'<circle class="hollow" cx="{at:.1f}" cy="7" r="3.2"/>',
-    }[kind]
+    }[side]
     return (
         '<svg class="interval" viewBox="0 0 120 14" aria-hidden="true">'
         '<path class="zero" d="M60 0V14"/>'
@@ -192,6 +195,51 @@ def strip(times_us: Sequence[int], shares: Sequence[float], *, title: str) -> st
         at = LEFT + inner * (ts_us - times_us[0]) / span
         parts.append(f'<text x="{at:.1f}" y="40" text-anchor="{_anchor(at)}">{label}</text>')
     parts.append("</svg>")
+    return "".join(parts)
+
+
+class Bin(NamedTuple):
+    """One point of a reliability diagram; all are shares of 1."""
+
+    confidence: float
+    share: float
+    low: float
+    """Where the share of a calibrated confidence may well lie."""
+    high: float
+
+
+def reliability(bins: Sequence[Bin], *, title: str) -> str:
+    """Draw how often something came true against how sure it was said to be."""
+    size, left, top = 340, 52, 10
+    inner = size - left - top
+
+    def x(share: float) -> float:
+        return left + inner * share
+
+    def y(share: float) -> float:
+        return top + inner * (1.0 - share)
+
+    parts = [
+        f'<svg class="square" viewBox="0 0 {size} {size + 4}" role="img" '
+        f'aria-label="{escape(title)}">'
+    ]
+    for tenth in range(0, 11, 2):
+        at = tenth / 10
+        parts.append(
+            f'<path class="grid" d="M{x(at):.1f} {top}V{top + inner}M{left} {y(at):.1f}h{inner}"/>'
+            f'<text x="{x(at):.1f}" y="{top + inner + 16}" text-anchor="middle">{at:.1f}</text>'
+            f'<text x="{left - 6}" y="{y(at) + 4:.1f}" text-anchor="end">{at:.1f}</text>'
+        )
+    parts.append(f'<path class="mark" d="M{x(0.0)} {y(0.0)}L{x(1.0)} {y(1.0)}"/>')
+    upper = [(x(item.confidence), y(item.high)) for item in bins]
+    lower = [(x(item.confidence), y(item.low)) for item in bins]
+    points = [(x(item.confidence), y(item.share)) for item in bins]
+    parts.append(f'<path class="band fill-flat" d="{_path(upper + lower[::-1])}Z"/>')
+    parts.append(f'<path class="line arm-v3" d="{_path(points)}"/>')
+    parts += [f'<circle class="hollow" cx="{at:.1f}" cy="{up:.1f}" r="3"/>' for at, up in points]
+    parts.append(
+        f'<text x="{left + inner / 2:.0f}" y="{size}" text-anchor="middle">confidence</text></svg>'
+    )
     return "".join(parts)
 
 
@@ -272,8 +320,6 @@ def _utc(seconds: int) -> datetime:
 
 
 def _anchor(x: float) -> str:
-    if x < LEFT + 30:
-        return "start"
     return "end" if x > WIDTH - RIGHT - 30 else "middle"
 
 

@@ -92,10 +92,15 @@ def last_look(values: Floats, plan: Plan) -> Look | None:
     Args:
         values: [batch], bps a day.
     """
-    if not len(values):
-        return None
-    found = looks(values, plan)
-    return Look(*(column[-1].item() for column in found))
+    return last_looks(values[None], plan)[0]
+
+
+def last_looks(values: Floats, plan: Plan) -> list[Look | None]:
+    """Return the same for several series at once, [series, batch]."""
+    if not values.shape[1]:
+        return [None] * len(values)
+    found = [column[:, -1] for column in looks(values, plan)]
+    return [Look(*(column[i].item() for column in found)) for i in range(len(values))]
 
 
 def measure(

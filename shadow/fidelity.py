@@ -32,7 +32,7 @@ _DRAWS = 499
 _HOUR_US = 3_600_000_000
 
 
-class Replay(msgspec.Struct, frozen=True):
+class Replayed(msgspec.Struct, frozen=True):
     """What `rlv3-worker audit` found when it folded a recording again."""
 
     entries: int
@@ -67,7 +67,7 @@ class FeatureDrift(msgspec.Struct, frozen=True):
 class Fidelity(msgspec.Struct, frozen=True):
     """Is the simulation true to life?"""
 
-    replay: Replay | None
+    replay: Replayed | None
     """Null: no recording was audited into this store."""
     bias: Bias
     drift: tuple[FeatureDrift, ...]
@@ -76,7 +76,7 @@ class Fidelity(msgspec.Struct, frozen=True):
     """Why there is none; empty otherwise."""
 
 
-def read_replay(store: Path) -> Replay | None:
+def read_replay(store: Path) -> Replayed | None:
     """Read what an audit left in a store.
 
     Raises:
@@ -84,14 +84,14 @@ def read_replay(store: Path) -> Replay | None:
     """
     path = store / AUDIT
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Replay)
+        return msgspec.json.decode(path.read_bytes(), type=Replayed)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError) as error:
         raise DataError(f"expected the result of an audit in {path}, found: {error}") from error
 
 
-def write_replay(store: Path, found: Replay) -> None:
+def write_replay(store: Path, found: Replayed) -> None:
     """Leave the result of an audit in a store, for its reports.
 
     Raises:
@@ -109,7 +109,7 @@ def examine(
     step_us: int,
     slippage_bps: float,
     policy: Policy | None,
-    replay: Replay | None,
+    replay: Replayed | None,
 ) -> Fidelity:
     """Compare the simulation of a scope with what else is known.
 

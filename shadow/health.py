@@ -262,6 +262,7 @@ def _coverage(bars: Bars, step_us: int) -> Coverage:
     rows = np.bincount(number - first)
     expected = len(bars.symbols) * hour / step_us
     share = np.minimum(rows / expected, 1.0)
+    share = share[:-1] if len(share) > 1 else share  # the last hour is not over yet
     slices = -(-len(share) // STRIP)
     starts = np.arange(0, len(share), slices)
     lowest = np.minimum.reduceat(share, starts)

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlv3.reward import SANE_REWARDS
 from shadow.batches import Batches, Floats
-from shadow.effect import last_look
+from shadow.effect import last_looks
 from shadow.gates import Measured
 from shadow.inference import Compared, bootstrap_length, compare, expected_shortfall, mean
 from shadow.sequential import Look, Plan
@@ -61,7 +61,7 @@ def measures(
         "discarded_share": _share(batches.discarded, batches.discarded + k),
         "lag_one": Measured(
             None if look is None or not look.ready else abs(look.lag1) * math.sqrt(look.n),
-            text=f"{0.0 if look is None else look.lag1:+.3f} over {k} batches",
+            text=_lag_one(look),
         ),
         "ruined": Measured(float(len(counted.ruined)), text=", ".join(counted.ruined) or "none"),
         "regimes": _regimes(counted),
@@ -73,8 +73,10 @@ def measures(
         "one_tick_later": _mean(batches.at(late=True) * scale),
         "leave_one_out": _leave_one_out(batches),
     }
-    for name in ("beats_signal", "beats_flat"):
-        found[name] = _lower_end(batches.series(name) * scale, plan)
+    rivals = ("beats_signal", "beats_flat")
+    table = np.array([batches.series(name) * scale for name in rivals])
+    for name, rival in zip(rivals, last_looks(table, plan), strict=True):
+        found[name] = _lower_end(rival)
     if k >= LEAST_BATCHES:
         tail, turnover = guardrails(batches)
         silent = turnover.second.value == 0.0 and turnover.first.value > 0.0
@@ -91,6 +93,12 @@ def guardrails(batches: Batches) -> tuple[Compared, Compared]:
     length = bootstrap_length(v3, v2, v3 - v2)
     tail = compare(v3, v2, {"tail": _tail_loss}, rng=rng, length=length)["tail"]
     return tail, compare(traded[0], traded[1], {"mean": mean}, rng=rng, length=length)["mean"]
+
+
+def _lag_one(look: Look | None) -> str:
+    if look is None or not look.ready:
+        return "burn-in"
+    return f"{abs(look.lag1) * math.sqrt(look.n):.2f} (correlation {look.lag1:+.3f})"
 
 
 def _tail_loss(returns: Floats) -> Floats:
@@ -141,8 +149,7 @@ def _leave_one_out(batches: Batches) -> Measured:
     return Measured(means[least], text=f"{means[least]:+.2f} without {symbols[least]}")
 
 
-def _lower_end(values: Floats, plan: Plan) -> Measured:
-    look = last_look(values, plan)
+def _lower_end(look: Look | None) -> Measured:
     if look is None or not look.ready:
         return Measured(None, text="burn-in")
     text = f"{look.mean:+.2f} [{look.low:+.2f}, {look.high:+.2f}] bps/day"

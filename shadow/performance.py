@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from shadow.batches import Batches, Floats
-from shadow.effect import Range, last_look, one_look, sequence
+from shadow.effect import Range, last_looks, one_look, sequence
 from shadow.inference import (
     Compared,
     Estimate,
@@ -30,7 +30,8 @@ from shadow.inference import (
 )
 from shadow.measures import LEAST_BATCHES, SEED
 from shadow.multiplicity import benjamini_hochberg, e_benjamini_hochberg
-from shadow.sequential import Plan
+from shadow.registration import ALPHA
+from shadow.sequential import Look, Plan
 from shadow.slices import Slice
 
 FALSE_DISCOVERIES = 0.1
@@ -172,34 +173,37 @@ def _with_sharpe_difference(
 
 def sensitivity(batches: Batches, plan: Plan) -> Sensitivity:
     """Return the effect under other assumptions."""
+    difference, half = batches.series("difference"), len(batches.window) // 2
+    symbols = batches.frame.symbols if len(batches.frame.symbols) > 1 else ()
+    series = {
+        **{f"× {cost}": batches.at(cost) for cost in COSTS},
+        **{f"× {cost}, late": batches.at(cost, late=True) for cost in COSTS},
+        "v3 − v2": difference,
+        "v3 − follow-signal": batches.series("beats_signal"),
+        "v3 − flat": batches.series("beats_flat"),
+        "v2 − flat": batches.series("v2"),
+        "v3 scaled to v2's risk": _risk_matched(batches),
+        **{f"without {symbol}": batches.without(i) for i, symbol in enumerate(symbols)},
+    }
     scale = batches.bps_per_day
+    table = np.array(list(series.values())) * scale
+    found = dict(zip(series, map(sequence, last_looks(table, plan)), strict=True))
+    halves = {"first half": difference[:half], "second half": difference[half:]}
+    for name, values in halves.items():
+        found[name] = sequence(last_looks(values[None] * scale, plan)[0])
 
-    def of(values: Floats) -> Range:
-        return sequence(last_look(values * scale, plan))
+    def variants(*names: str) -> tuple[Variant, ...]:
+        return tuple(Variant(name, found[name]) for name in names)
 
-    difference = batches.series("difference")
     return Sensitivity(
         grid=Grid(
             costs=COSTS,
-            at_once=tuple(of(batches.at(cost)) for cost in COSTS),
-            one_tick_later=tuple(of(batches.at(cost, late=True)) for cost in COSTS),
+            at_once=tuple(found[f"× {cost}"] for cost in COSTS),
+            one_tick_later=tuple(found[f"× {cost}, late"] for cost in COSTS),
         ),
-        rivals=(
-            Variant("v3 − v2", of(difference)),
-            Variant("v3 − follow-signal", of(batches.series("beats_signal"))),
-            Variant("v3 − flat", of(batches.series("beats_flat"))),
-            Variant("v2 − flat", of(batches.series("v2"))),
-        ),
-        variants=(
-            Variant("v3 scaled to v2's risk", of(_risk_matched(batches))),
-            Variant("first half", of(difference[: len(difference) // 2])),
-            Variant("second half", of(difference[len(difference) // 2 :])),
-        ),
-        without=tuple(
-            Variant(f"without {symbol}", of(batches.without(i)))
-            for i, symbol in enumerate(batches.frame.symbols)
-            if len(batches.frame.symbols) > 1
-        ),
+        rivals=variants("v3 − v2", "v3 − follow-signal", "v3 − flat", "v2 − flat"),
+        variants=variants("v3 scaled to v2's risk", *halves),
+        without=variants(*(f"without {symbol}" for symbol in symbols)),
     )
 
 
@@ -221,7 +225,13 @@ def _risk_matched(batches: Batches) -> Floats:
 
 def slice_rows(found: Iterable[Slice], batches: Batches, plan: Plan) -> tuple[SliceRow, ...]:
     """Judge all slices together."""
-    rows = [_slice_row(item, batches, plan) for item in found]
+    items = list(found)
+    table = np.array([item.values for item in items]).reshape(len(items), len(batches.window))
+    table = table * batches.bps_per_day
+    rows = [
+        _slice_row(item, values, look)
+        for item, values, look in zip(items, table, last_looks(table, plan), strict=True)
+    ]
     tested = [i for i, row in enumerate(rows) if row.p is not None and not row.weak]
     snapshot = benjamini_hochberg([rows[i].p or 0.0 for i in tested], FALSE_DISCOVERIES)
     monitored = e_benjamini_hochberg([rows[i].log_e for i in tested], FALSE_DISCOVERIES)
@@ -232,17 +242,14 @@ def slice_rows(found: Iterable[Slice], batches: Batches, plan: Plan) -> tuple[Sl
     return tuple(rows)
 
 
-def _slice_row(item: Slice, batches: Batches, plan: Plan) -> SliceRow:
-    values = item.values * batches.bps_per_day
-    look = last_look(values, plan)
-    enough = len(values) >= 8
+def _slice_row(item: Slice, values: Floats, look: Look | None) -> SliceRow:
     return SliceRow(
         kind=item.kind,
         name=item.name,
         bars=item.bars,
         nonzero=0 if look is None else look.nonzero,
-        effect=one_look(values, 0.05),
-        p=ewc_test(values).p if enough else None,
+        effect=one_look(values, ALPHA),
+        p=ewc_test(values).p if len(values) >= 8 else None,
         log_e=0.0 if look is None else look.log_e,
         snapshot=False,
         monitored=False,

@@ -144,7 +144,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "money": money, "amount": amount, "percent": percent, "kappa": text.kappa,
-        "moment": text.moment, "signed": text.signed, "plain": text.plain, "bounds": text.bounds,
+        "moment": text.moment, "signed": text.signed, "plain": text.plain, "bounds": text.bounds, "span": text.span,
         "probability": text.probability, "evidence": text.evidence, "days": text.days,
         "count": "{:,}".format, "decimal": "{:,.2f}".format, "exp": _exponential,
     }  # fmt: skip
@@ -166,10 +166,11 @@ def _bar(share: float, key: str) -> Markup:
     return Markup(charts.bar(share, key))
 
 
-def _interval_bar(found: Range, reach: float) -> Markup:
+def _interval_bar(found: Range, reach: float, more_is_better: bool = True) -> Markup:
     if found.value is None or found.low is None or found.high is None:
         return Markup("")
-    return Markup(charts.interval_bar(found.value, found.low, found.high, reach))
+    ends = found.value, found.low, found.high
+    return Markup(charts.interval_bar(*ends, reach, more_is_better=more_is_better))
 
 
 def _reach(ranges: Sequence[Range]) -> float:
@@ -205,12 +206,20 @@ def _outcome_columns(report: Report) -> list[str]:
 
 def _charts(report: Report) -> Iterator[tuple[str, Markup]]:
     """Yield the drawings by name; an empty one for what cannot be drawn yet."""
-    yield from dict.fromkeys(("number_line", "evidence", "coverage", "equity"), Markup("")).items()
+    yield from dict.fromkeys(
+        ("number_line", "evidence", "coverage", "reliability", "equity"), Markup("")
+    ).items()
     yield from _effect_charts(report)
     covered = report.health.coverage
     if covered.time_us:
         title = "Share of the bars that are there, by hour"
         yield "coverage", Markup(charts.strip(covered.time_us, covered.share, title=title))
+    bins = [
+        charts.Bin(item.confidence, item.came_true, item.low, item.high)
+        for item in report.behaviour.calibration.bins
+    ]
+    if bins:
+        yield "reliability", Markup(charts.reliability(bins, title="Reliability of confidence"))
     curves = report.curves
     if not curves.time_us:
         return

@@ -34,11 +34,12 @@ from shadow import fidelity as fidelity_
 from shadow import health as health_
 from shadow.bars import ORDER, Bars, Scope, Traded, drawdown, equity
 from shadow.batches import GRACE_BARS, Assigned, Batches, Floats, Frame, Ints, Rows, form
+from shadow.behaviour import Behaviour, behave
 from shadow.effect import Effect, Range, one_look
-from shadow.fidelity import Fidelity, Replay, find_policy, read_replay
+from shadow.fidelity import Fidelity, Replayed, find_policy, read_replay
 from shadow.gates import Gate, Measured, Result, check, digest, read_gates
 from shadow.health import Health, count
-from shadow.measures import Counted, measures
+from shadow.measures import SEED, Counted, measures
 from shadow.performance import (
     Metric,
     Sensitivity,
@@ -298,7 +299,9 @@ class Report(msgspec.Struct, frozen=True):
     curves: Curves
     arms: tuple[Arm, ...]
     metrics: tuple[Metric, ...]
+    behaviour: Behaviour
     agreement: Agreement
+    """Of the sides held at warm bar closes."""
     pairs: tuple[PairGroup, ...]
     actions: ActionMix
     v2: tuple[V2Source, ...]
@@ -331,7 +334,7 @@ class Inputs(NamedTuple):
     collected: Mapping[str, Mapping[str, int]] = {}
     """Stream -> what the collector counted."""
     registrations: tuple[Registration, ...] = ()
-    replay: Replay | None = None
+    replay: Replayed | None = None
     directory: Path | None = None
     """Where artifacts are looked for."""
 
@@ -433,6 +436,9 @@ def _summarise(db: duckdb.DuckDBPyConnection, inputs: Inputs, ask: Ask) -> Repor
         curves=_curves(bars, traded, frame.step_us),
         arms=tuple(_arm(bars, name, traded[name], batches) for name in ARMS),
         metrics=metrics(batches),
+        behaviour=behave(
+            db, bars, traded, step_us=frame.step_us, batch_us=frame.batch_us, seed=SEED
+        ),
         agreement=_agreement_of(traded["v3"].side, traded["v2"].side, bars.warm),
         pairs=_pairs(db),
         actions=_actions(db),

@@ -127,9 +127,12 @@ def _metrics(report: Report) -> Iterator[str]:
 
 
 def _behaviour(report: Report) -> str:
-    found = report.agreement
-    kappa = "undefined" if found.kappa is None else f"{found.kappa:.3f}"
-    return _cut(f"Agree {percent(found.raw)} of {found.n:,} warm bars, kappa {kappa}")
+    found, ece = report.behaviour.confusion, report.behaviour.calibration.ece
+    parts = [f"Agree {percent(found.raw.value)} of {found.n:,} warm bars"]
+    for name, item in (("kappa", found.kappa), ("AC1", found.ac1), ("ECE", ece)):
+        if item.value is not None:
+            parts.append(f"{name} {item.value:.3f}")
+    return _cut("  ".join(parts))
 
 
 def _data(report: Report) -> str:

@@ -65,6 +65,14 @@ def bounds(found: Range, digits: int | None = None) -> str:
     return f"[{signed(found.low, digits)}, {signed(found.high, digits)}]"
 
 
+def span(found: Range, digits: int | None = None) -> str:
+    """Write an interval of something without a direction; a dash where there is none."""
+    if found.low is None or found.high is None:
+        return "–"
+    digits = decimals(max(abs(found.low), abs(found.high))) if digits is None else digits
+    return f"[{plain(found.low, digits)}, {plain(found.high, digits)}]"
+
+
 def probability(value: float) -> str:
     """Write a p-value."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"

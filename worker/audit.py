@@ -17,6 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from rlv3 import console
+from shadow.fidelity import Replayed, write_replay
 from shadow.recording import OUTPUTS, Reading, Replay, load_snapshot, restored
 from shadow.records import Comparison, Decision, LedgerRow, Output, RunRow, encode
 from shadow.store import decode_record
@@ -164,6 +165,23 @@ def _first_difference(one: bytes, other: bytes) -> str:
         if left[name] != right.get(name):
             return f"{name} is {left[name]!r} in one, {right.get(name)!r} in the other"
     return "the same values, encoded differently"
+
+
+def leave(found: Audit, store: Path) -> None:
+    """Leave the result in a store, for its reports.
+
+    Raises:
+        DataError: the store cannot be written.
+    """
+    write_replay(
+        store,
+        Replayed(
+            entries=found.entries,
+            equal=found.equal.total(),
+            differences=(found.different + found.missing + found.unexpected).total(),
+            lost=found.lost,
+        ),
+    )
 
 
 def show(found: Audit) -> None:

@@ -408,7 +408,9 @@ async def demo(seconds: float, data: Sequence[Bars], redis_url: str | None, out:
                     if redis_url is not None:
                         await remove_keys(redis, keys)
         _say("audit: every decision computed again from the recording")
-        await crew.finish("worker", "audit", "--recording", out / "recording")
+        await crew.finish(
+            "worker", "audit", "--recording", out / "recording", "--store", out / "store"
+        )
         await crew.finish(
             "shadow", "report", "--store", out / "store", "--out", out, expected=REPORTED
         )

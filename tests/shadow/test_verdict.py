@@ -203,9 +203,11 @@ def test_no_edge_is_kept_with_the_time_it_would_take(tmp_path: Path) -> None:
     assert report.effect.days_to_decide is None or report.effect.days_to_decide > 30
 
 
+OURS = QTables.load().digest
+
+
 def opponent_is_ours(row: BarRow) -> BarRow:
-    digest = QTables.load().digest
-    return msgspec.structs.replace(row, opponent="local_reference", opponent_digest=digest)
+    return msgspec.structs.replace(row, opponent="local_reference", opponent_digest=OURS)
 
 
 def one_regime(row: BarRow) -> BarRow:
@@ -261,13 +263,18 @@ def test_failed_data_make_the_verdict_invalid_whatever_the_profit(tmp_path: Path
 
 def test_unmatched_decisions_make_the_verdict_invalid(tmp_path: Path) -> None:
     registered(tmp_path)
-    alone = [
-        UnpairedRow(f"u{n}", "run-1", "A", T0 + HOUR, "v2", f"x{n}", "missing_v3", None, "a")
-        for n in range(20)
-    ]
+    alone: list[Comparison] = []
+    for number in range(0, 40, 2):
+        decided, _ = pair(number)
+        alone += [
+            msgspec.structs.replace(decided, record_id=f"alone {number}"),
+            UnpairedRow(
+                f"u{number}", "run-1", "A", T0 + HOUR, "v2", f"x{number}", "missing_v3", None, "a"
+            ),
+        ]
     report = read_report(write(tmp_path, [*records(bars(4e-4)), *alone]))
     assert (report.verdict.text, report.verdict.binding) == ("INVALID", "matched decisions")
-    # 20 of 210 of A, none of 200 of B: not spread alike
+    # 20 of 220 of A, none of 200 of B: not spread alike
     assert report.health.asymmetry_p is not None
     assert report.health.asymmetry_p < 0.001
 
@@ -345,7 +352,7 @@ def test_start_in_data_that_can_be_seen_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a start after the data"):
         registered(tmp_path)
     found = register(tmp_path, TERMS._replace(start_us=None, symbols=None), now=NOW)[0]
-    assert found.start_us == T0 + 48 * HOUR
+    assert found.start_us == align(T0 + 48 * HOUR, 60, HOUR)
     assert found.frozen == Frozen.of(run_row())
     assert found.symbols == ("A", "B")
     # the pilot's positions were held for all of its 24 bars: 48, rounded up
@@ -427,12 +434,13 @@ def test_keeper_follows_a_registration_that_comes_later(
     terms = TERMS._replace(start_us=T0 + 400 * HOUR)
     registration = registered(tmp_path, terms)
     keeper.refresh()
-    for row in bars(2e-4, n=500)[800:]:
+    # the pilot asks for batches of 60 bars: the first whole one begins 456 hours after T0
+    for row in bars(2e-4, n=700)[800:]:
         keeper.observe(row)
     assert keeper.save() is not None
     state = read_state(tmp_path)
     assert state is not None
-    assert (state.registration, state.batches) == (registration.id, 24)
+    assert (state.registration, state.batches) == (registration.id, 4)
     assert keeper.save() is None
     (tmp_path / "verdict.json").write_text("[]")
     with pytest.raises(DataError, match="expected a collector's statistics"):
