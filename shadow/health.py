@@ -328,8 +328,9 @@ def _step_check(db: duckdb.DuckDBPyConnection) -> Check:
     missing = count(
         db,
         """
-        SELECT count(*) FROM report_bars ANTI JOIN decisions
-        ON report_bars.step_decision_id = decisions.decision_id
+        SELECT count(*) FROM report_bars
+        ANTI JOIN (SELECT decision_id FROM decisions WHERE kind = 'step') AS steps
+        ON report_bars.step_decision_id = steps.decision_id
         WHERE step_decision_id IS NOT NULL
         """,
     )

@@ -385,12 +385,12 @@ class _Test(NamedTuple):
 
 
 def _summarise(db: duckdb.DuckDBPyConnection, inputs: Inputs, ask: Ask) -> Report:
-    rows = _table_rows(db)
-    test, notices = _choose(db, inputs, ask)
+    overview = _overview(db)
+    test, notices = _choose(db, overview.runs, inputs, ask)
     test.scope.install(db)
     bars = Bars.load(db)
     traded = {name: Traded.load(db, bars, name) for name in ARMS}
-    run = _run(db, test.scope)
+    run = _run(db, overview.runs, test.scope)
     frame = _frame(test, bars, run)
     batches, assigned = _form(frame, bars, traded)
     volatility = volatility_groups(bars)
@@ -449,14 +449,16 @@ def _summarise(db: duckdb.DuckDBPyConnection, inputs: Inputs, ask: Ask) -> Repor
         sensitivity=sensitivity(batches, test.plan),
         outcomes=_outcomes(db),
         not_modelled=NOT_MODELLED,
-        provenance=_provenance(db, rows, inputs),
+        provenance=_provenance(db, overview, inputs),
     )
 
 
 # -- which test ------------------------------------------------------------------------------------
 
 
-def _choose(db: duckdb.DuckDBPyConnection, inputs: Inputs, ask: Ask) -> tuple[_Test, list[str]]:
+def _choose(
+    db: duckdb.DuckDBPyConnection, known: Sequence[str], inputs: Inputs, ask: Ask
+) -> tuple[_Test, list[str]]:
     """Find out what is reported, whether it may carry a verdict, and what must be said about it."""
     registration = find(inputs.registrations, ask.registration)
     narrowed = [
@@ -483,7 +485,6 @@ def _choose(db: duckdb.DuckDBPyConnection, inputs: Inputs, ask: Ask) -> tuple[_T
     if registration is not None and not reason and digest(gates) != digest(registration.gates):
         reason = f"the table of gates is not the one that registration {registration.id} froze"
     if reason or registration is None:
-        known = _run_ids(db)
         run_id = known[-1] if ask.run is None else ask.run
         if run_id not in known:
             raise DataError(f"expected one of the runs {', '.join(known)}, found {run_id}")
@@ -662,29 +663,56 @@ def _slippage_bps(v2: Traded) -> float:
 # -- the parts of a report -------------------------------------------------------------------------
 
 
-def _table_rows(db: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    rows = {name: count(db, f"SELECT count(*) FROM {name}") for name in TABLES}
+class _Overview(NamedTuple):
+    """What all tables hold, in one pass over each."""
+
+    rows: dict[str, int]
+    versions: dict[str, tuple[int, ...]]
+    """Schema versions of the tables that have rows."""
+    runs: tuple[str, ...]
+    """Oldest first."""
+
+
+def _overview(db: duckdb.DuckDBPyConnection) -> _Overview:
+    rows: dict[str, int] = {}
+    versions: dict[str, tuple[int, ...]] = {}
+    known: set[str] = set()
+    for name in TABLES:
+        found = db.execute(
+            f"SELECT run_id, schema_version, count(*) FROM {name} GROUP BY 1, 2"
+        ).fetchall()
+        rows[name] = sum(n for _, _, n in found)
+        if found:
+            versions[name] = tuple(sorted({version for _, version, _ in found}))
+        if name in _BEGINNINGS:
+            known |= {run_id for run_id, _, _ in found}
     if not any(rows.values()):
         raise DataError(
             "expected a store with decisions or comparisons of `rlv3-worker collect`, "
             "found no row of either"
         )
-    return rows
+    return _Overview(rows, versions, tuple(_by_age(db, known)))
 
 
-def _run_ids(db: duckdb.DuckDBPyConnection) -> list[str]:
-    """Return the runs of a store, oldest first."""
-    tables = ("runs", "bars", "ledger", "v2_decisions")
-    rows = " UNION ALL ".join(f"SELECT run_id, {ORDER} AS id FROM {name}" for name in tables)
-    found = db.execute(f"SELECT run_id FROM ({rows}) GROUP BY 1 ORDER BY min(id), 1").fetchall()
-    if not found:  # decisions only
-        found = db.execute(
-            "SELECT run_id FROM decisions GROUP BY 1 ORDER BY min(event_ts_us), 1"
-        ).fetchall()
-    return [run_id for (run_id,) in found]
+_BEGINNINGS = ("runs", "bars", "ledger", "v2_decisions")
 
 
-def _run(db: duckdb.DuckDBPyConnection, scope: Scope) -> Run:
+def _by_age(db: duckdb.DuckDBPyConnection, known: set[str]) -> list[str]:
+    """Order runs by their first row; its own row is the first of a run, where it is there."""
+    begins: dict[str, int] = {}
+    for name in _BEGINNINGS:
+        if missing := sorted(known - set(begins)):
+            begins |= db.execute(
+                f"SELECT run_id, min({ORDER}) FROM {name} "
+                "WHERE run_id IN (SELECT unnest(?)) GROUP BY 1",
+                [missing],
+            ).fetchall()
+    if not begins:  # decisions only
+        begins |= db.execute("SELECT run_id, min(event_ts_us) FROM decisions GROUP BY 1").fetchall()
+    return sorted(begins, key=lambda run_id: (begins[run_id], run_id))
+
+
+def _run(db: duckdb.DuckDBPyConnection, known: Sequence[str], scope: Scope) -> Run:
     run_id = scope.runs[-1]
     frozen = db.execute(
         """
@@ -712,7 +740,7 @@ def _run(db: duckdb.DuckDBPyConnection, scope: Scope) -> Run:
         tables_digest=tables,
         settings=dict(settings),
         opponents=tuple(Opponent(*row) for row in opponents),
-        other_runs=tuple(other for other in _run_ids(db) if other not in scope.runs),
+        other_runs=tuple(other for other in known if other not in scope.runs),
     )
 
 
@@ -956,23 +984,13 @@ def _find_notices(run: Run, bars: Bars, v2: Sequence[V2Source], health: Health) 
 # -- provenance ------------------------------------------------------------------------------------
 
 
-def _provenance(db: duckdb.DuckDBPyConnection, rows: dict[str, int], inputs: Inputs) -> Provenance:
-    versions = {
-        name: tuple(
-            version
-            for (version,) in db.execute(
-                f"SELECT DISTINCT schema_version FROM {name} ORDER BY 1"
-            ).fetchall()
-        )
-        for name, n in rows.items()
-        if n
-    }
+def _provenance(db: duckdb.DuckDBPyConnection, overview: _Overview, inputs: Inputs) -> Provenance:
     lines = "".join(f"{name} {n}\n" for name, n in inputs.segments)
     lines += "".join(f"registration {item.id}\n" for item in inputs.registrations)
     return Provenance(
         report_version=REPORT_VERSION,
-        schema_versions=versions,
-        rows=rows,
+        schema_versions=overview.versions,
+        rows=overview.rows,
         rejected=count(db, "SELECT count(*) FROM rejected"),
         input_sha256=hashlib.sha256(lines.encode()).hexdigest(),
         segments=len(inputs.segments),
