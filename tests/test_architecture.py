@@ -136,6 +136,7 @@ def test_worker_does_not_load_scipy() -> None:
         ("shadow.cli", {"torch", "gymnasium", "redis"}),
         ("worker.cli", {"torch", "gymnasium"}),
         ("worker.service", {"torch", "gymnasium", "scipy"}),
+        ("worker.collector", {"torch", "gymnasium", "scipy"}),
     ],
 )
 def test_import_loads_nothing_it_does_not_need(module: str, unwanted: set[str]) -> None:
