@@ -144,7 +144,8 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "money": money, "amount": amount, "percent": percent, "kappa": text.kappa,
-        "moment": text.moment, "signed": text.signed, "plain": text.plain, "bounds": text.bounds, "span": text.span,
+        "moment": text.moment, "signed": text.signed, "plain": text.plain, "bounds": text.bounds,
+        "span": text.span,
         "probability": text.probability, "evidence": text.evidence, "days": text.days,
         "count": "{:,}".format, "decimal": "{:,.2f}".format, "exp": _exponential,
     }  # fmt: skip

@@ -19,9 +19,7 @@ import numpy as np
 from rlv3.errors import DataError
 from shadow.bars import ORDER
 from shadow.batches import COLUMN_NAMES, Batcher, Columns, columns_of
-from shadow.effect import days_until, detectable
 from shadow.gates import check
-from shadow.measures import Counted, measures
 from shadow.records import BarRow, Comparison, Decision, RunRow
 from shadow.registration import Frozen, Registration, find, read_registrations
 from shadow.rl_v2 import QTables
@@ -188,6 +186,10 @@ class Statistics:
 
     def state(self) -> State:
         """Return what is known by now."""
+        # scipy is behind these, and a collector without a registration never needs it
+        from shadow.effect import days_until, detectable
+        from shadow.measures import Counted, measures
+
         registration, batches, look = self.registration, self.batcher.batches(), self.look
         counted = Counted(self._opponents, self._regimes, tuple(sorted(self._ruined)))
         found = measures(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from rlv3.errors import ConfigError, DataError, UserError
 from rlv3.events import ACTION_TABLE
+from rlv3.policy import shipped_policy
 from shadow import gates as gates_
 from shadow.gates import Gate, Measured, Result, check, read_gates
 from shadow.measures import Counted, measures
@@ -571,3 +574,43 @@ def test_measures_of_nothing_are_open(tmp_path: Path) -> None:
     results = check(read_gates(), found)
     assert {item.state for item in results if item.otherwise == "invalid"} == {"open"}
     assert json.loads(msgspec.json.encode(statistics.state()))["verdict"] == "KEEP SHADOWING"
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def shadow(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = "from shadow.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_commands_register_once_and_exit_as_the_verdict_says(tmp_path: Path) -> None:
+    terms = ("register", "--store", tmp_path, "--policy", shipped_policy(), "--symbols", "B,A")
+    done = shadow(*terms, "--start", "2023-11-15", "--rl-v2", "self")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "symbols  A, B" in done.stdout
+    assert "counts   from 2023-11-15 00:00 to 2024-05-13 00:00 UTC at the latest" in done.stdout
+    again = shadow(*terms, "--start", "2023-11-15", "--rl-v2", "self", "--batches", 100)
+    assert (again.returncode, len(again.stderr.splitlines())) == (1, 1)
+    assert shadow("register", "--store", tmp_path, "--start", "tomorrow").returncode == 2
+    (registration,) = read_registrations(tmp_path)
+    assert (registration.frozen.rl_v2, registration.frozen.tables_digest) == ("v3", None)
+    assert registration.frozen.settings["latency_ms"] == 250.0
+
+
+def test_report_of_a_rejected_policy_exits_20_in_every_form(tmp_path: Path) -> None:
+    registered(tmp_path / "store")
+    write(tmp_path / "store", records([swapped(row) for row in bars(1e-3, n=400)]))
+    shown = shadow("report", "--store", tmp_path / "store", "--out", tmp_path / "out")
+    assert shown.returncode == 20
+    lines = shown.stdout.splitlines()
+    assert len(lines) <= 24
+    assert lines[0].endswith("REJECT")
+    assert all(len(line) <= 80 for line in lines[:-2])
+    told = shadow("report", "--store", tmp_path / "store", "--json")
+    assert told.returncode == 20
+    assert json.loads(told.stdout)["report"]["verdict"]["text"] == "REJECT"
+    assert "REJECT" in (tmp_path / "out" / "report.html").read_text()
