@@ -11,7 +11,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-store test test-system check lint type format bench chaos calibrate policy clean
+.PHONY: help setup demo demo-store test test-system check lint type format bench bench-report chaos calibrate policy clean
 
 help:    ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,12 +47,17 @@ format: .venv/.everything ## let ruff decide the layout and fix what it can
 bench: .venv/.serving     ## measure the fold: events per second and where the time goes
 	@$(BIN)/python bench/bench_fold.py $(ARGS)
 
+bench-report: .venv/.serving ## measure the report on a million and on ten million paired decisions
+	@$(BIN)/python bench/bench_report.py $(ARGS)
+
 SEEDS ?= 20
 chaos: .venv/.everything  ## play every fault against the worker: SEEDS=200, goes on where it was stopped
 	@$(BIN)/python -m tests.chaos.run --seeds $(SEEDS) $(ARGS)
 
 calibrate: .venv/.everything ## measure how often verdicts are wrong, and how often an edge is found
 	@$(BIN)/python -m tests.calibration.run $(ARGS)
+	@$(BIN)/python -m tests.calibration.lookahead
+	@$(BIN)/python -m tests.calibration.pairing
 
 policy: .venv/.everything ## train the shipped policy and RL v2's reference tables again
 	@$(BIN)/python -m rlv3.build_policy

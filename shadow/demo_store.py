@@ -23,6 +23,9 @@ from rlv3.policy import shipped_policy
 from shadow.backtest import Summary, backtest
 
 WORLD = "regime_switching"
+SHARE = 0.5
+"""Of the world's moves in the store's prices; the rest is a random walk, in which nobody earns. The
+bare world is a training ground: it would show profits that no market pays."""
 SYMBOLS = {
     "BTCUSDT": 95_000.0,
     "ETHUSDT": 3_300.0,
@@ -36,19 +39,25 @@ DAYS = 30
 _BARS_PER_DAY = 86_400 // STEP_SECONDS
 
 
-def market(days: int = DAYS, seed: int = 0) -> list[Bars]:
+def market(days: int = DAYS, seed: int = 0, share: float = SHARE) -> list[Bars]:
     """Return the bars of all symbols."""
     return [
-        simulate(
-            WORLD,
-            days * _BARS_PER_DAY,
-            seed=seed + number,
-            symbol=symbol,
-            start_us=int(START.timestamp()) * 1_000_000,
-            start_price=price,
-        )
+        _diluted(symbol, price, days * _BARS_PER_DAY, [seed, number], share)
         for number, (symbol, price) in enumerate(SYMBOLS.items())
     ]
+
+
+def _diluted(symbol: str, price: float, bars: int, seed: list[int], share: float) -> Bars:
+    start_us = int(START.timestamp()) * 1_000_000
+    world = simulate(
+        WORLD, bars, seed=[*seed, 0], symbol=symbol, start_us=start_us, start_price=1.0
+    )
+    noise = simulate("random_walk", bars, seed=[*seed, 1], start_us=start_us, start_price=price)
+    columns = {
+        name: getattr(world, name) ** share * getattr(noise, name)
+        for name in ("open", "high", "low", "close")
+    }
+    return world._replace(**columns)
 
 
 def make(store: Path, days: int = DAYS, seed: int = 0) -> Summary:
