@@ -11,7 +11,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system check lint type format bench chaos calibrate policy clean
+.PHONY: help setup demo demo-store test test-system check lint type format bench chaos calibrate policy clean
 
 help:    ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ setup: .venv/.everything  ## install everything into .venv (the targets below do
 
 demo: .venv/.serving      ## run the whole product for a minute on a private Redis, then report
 	@$(BIN)/rlv3-worker demo $(ARGS)
+
+demo-store: .venv/.serving ## thirty simulated days of five symbols into out/demo-store, and their report
+	@$(BIN)/python -m shadow.demo_store $(ARGS)
 
 test: .venv/.everything   ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)

@@ -235,11 +235,12 @@ def backtest(
             latency_ms=latency_ms,
             bar_stamp=bar_stamp,
         )
-        console.err.print(
-            f"{done.entries:,} entries of {done.covered_s / 86_400:.1f} days in {done.seconds:.1f} "
-            f"s, {done.speed:,.0f} times as fast as they came",
-            highlight=False,
-        )
+        if not json:
+            console.err.print(
+                f"{done.entries:,} entries of {done.covered_s / 86_400:.1f} days in {done.seconds:.1f} "
+                f"s, {done.speed:,.0f} times as fast as they came",
+                highlight=False,
+            )
         _deliver(read_report(done.store), out, json)
 
 

@@ -277,7 +277,7 @@ def _explain(policy: Policy, decision: Decision, seen: _Seen) -> Explanation:
         value=decision.value,
         probabilities={ACTION_TABLE[i]: probs[i] for i in valid},
         invalid=tuple(name for i, name in enumerate(ACTION_TABLE) if i not in valid),
-        mask=_reason(seen, warm=decision.warm),
+        mask=_reason(policy, seen, warm=decision.warm),
         runner_up=ACTION_TABLE[others[0]] if others else None,
         margin=probs[decision.action] - probs[others[0]] if others else None,
         inputs=tuple(_inputs(policy, seen)),
@@ -291,13 +291,13 @@ def _names(mask: Sequence[bool]) -> str:
     return ", ".join(name for name, valid in zip(ACTION_TABLE, mask, strict=True) if valid)
 
 
-def _reason(seen: _Seen, *, warm: bool) -> str:
+def _reason(policy: Policy, seen: _Seen, *, warm: bool) -> str:
     flat = seen.obs[_SIDE] == 0.0
     if seen.mask == HOLD_ONLY:
         if flat and not warm:
             return "cold and flat: no entry before the features have their history"
         return "an order was pending, or the account was cooling down or ruined"
-    if seen.mask in (ANY, NO_ENTRY):
+    if policy.metadata["mask_rule"] == "none":
         return "the policy was trained without masks"
     return "flat" if flat else "in a position"
 
