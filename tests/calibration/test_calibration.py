@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shadow.sequential import Plan
+from shadow.sequential import Plan, looks
 from tests.calibration.measures import (
     bound,
     equal_models_benchmark,
@@ -13,7 +13,15 @@ from tests.calibration.measures import (
     peeking_at_slices,
     planted_edge,
 )
-from tests.calibration.processes import PROCESSES, Garch, Linear, Sparse, Switching, equal_models
+from tests.calibration.processes import (
+    PROCESSES,
+    Garch,
+    Linear,
+    Sparse,
+    Switching,
+    equal_models,
+    simulate,
+)
 
 
 def test_bound_by_hand() -> None:
@@ -30,6 +38,13 @@ def test_equal_policies_are_rarely_called_different(process: str) -> None:
     assert found.strict <= bound(0.05, 1_000)
     # the same looks with a t-test: the simulation is not too tame to tell
     assert found.naive > bound(0.05, 1_000)
+
+
+def test_warning_of_short_batches_is_not_set_off_by_volatility_that_comes_and_goes() -> None:
+    y = simulate(Garch(500), 400, 60, np.random.default_rng(4))
+    seen = looks(y, Plan())
+    assert seen.correlated[:, -1].mean() <= bound(0.05, 500)
+    assert (np.abs(seen.lag1[:, -1]) > 2.0 / np.sqrt(400)).mean() > 0.10
 
 
 def test_planted_edge_is_found_in_time() -> None:

@@ -715,8 +715,10 @@ def test_terminal_fits_and_agrees_with_the_json(hand: Report) -> None:
     assert said["net profit"][0] == "+130.00"
     assert said["max drawdown"][0] == f"{100 * arms[0]['max_drawdown']:.3f}"
     shown = "\n".join(lines)
-    assert f"kappa {report['agreement']['kappa']:.3f}" in shown
-    assert "Agree 60.0 % of 5 warm bars" in shown
+    found = report["behaviour"]["confusion"]
+    assert found["n"] == 5
+    assert f"Agree {100 * found['raw']['value']:.1f} % of 5 warm bars" in shown
+    assert f"kappa {found['kappa']['value']:.3f}" in shown
     # six pairs due: five made, one of RL v2's decisions stayed alone
     assert "Data ok: matched 83.33 %, lost 5, late 2, dup 0, dead 1, gap bars 0" in shown
 
