@@ -11,18 +11,25 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint type format bench chaos calibrate policy clean
+.PHONY: help setup demo demo-store test test-system check lint type format bench bench-report chaos calibrate policy clean
 
 help:    ## print the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.everything  ## install everything into .venv (the targets below do it when needed)
 
 demo: .venv/.serving      ## run the whole product for a minute on a private Redis, then report
 	@$(BIN)/rlv3-worker demo $(ARGS)
 
+demo-store: .venv/.serving ## thirty simulated days of five symbols into out/demo-store, and their report
+	@$(BIN)/python -m shadow.demo_store $(ARGS)
+
 test: .venv/.everything   ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-system: .venv/.everything ## the tests that need systemd, Sentinel, Prometheus and Chromium
+	@tests/system/tools.sh
+	@$(BIN)/python -m pytest tests/system $(ARGS)
 
 check: lint type          ## lint, formatting and types
 
@@ -40,12 +47,17 @@ format: .venv/.everything ## let ruff decide the layout and fix what it can
 bench: .venv/.serving     ## measure the worker: events per second, latency, what the bus notices, recovery
 	@$(BIN)/python bench/bench_worker.py $(ARGS)
 
+bench-report: .venv/.serving ## measure the report on a million and on ten million paired decisions
+	@$(BIN)/python bench/bench_report.py $(ARGS)
+
 SEEDS ?= 20
 chaos: .venv/.everything  ## play every fault against the worker: SEEDS=200, goes on where it was stopped
 	@$(BIN)/python -m tests.chaos.run --seeds $(SEEDS) $(ARGS)
 
 calibrate: .venv/.everything ## measure how often verdicts are wrong, and how often an edge is found
 	@$(BIN)/python -m tests.calibration.run $(ARGS)
+	@$(BIN)/python -m tests.calibration.lookahead
+	@$(BIN)/python -m tests.calibration.pairing
 
 policy: .venv/.everything ## train the shipped policy and RL v2's reference tables again
 	@$(BIN)/python -m rlv3.build_policy

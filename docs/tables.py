@@ -16,6 +16,7 @@ import msgspec
 
 from rlv3.features import FEATURES, MARKET
 from shadow import records
+from shadow.gates import MEASURES, read_gates
 
 DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"(<!-- table: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -118,6 +119,27 @@ def features() -> str:
     )  # fmt: skip
 
 
+def gate_table() -> str:
+    """Return the default gates of `shadow/data/gates.toml`."""
+    rows = (
+        (
+            gate.name,
+            f"`{gate.measure}`",
+            f"≥ {gate.at_least:g}" if gate.at_least is not None else f"≤ {gate.at_most:g}",
+            {"invalid": "INVALID", "reject": "REJECT", "keep": "KEEP SHADOWING"}[gate.otherwise],
+            "yes" if gate.optional else "",
+        )
+        for gate in read_gates()
+    )
+    return table(("gate", "measure", "bound", "otherwise", "may be unmeasured"), rows)
+
+
+def measure_table() -> str:
+    """Return what gates may look at."""
+    rows = ((f"`{name}`", meaning) for name, meaning in MEASURES.items())
+    return table(("measure", "meaning"), rows)
+
+
 def json_type(annotation: str) -> str:
     """Return how a field's annotation looks in JSON."""
     parts = annotation.split(" | ")
@@ -151,7 +173,8 @@ def render(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match[2]
-        body = features() if name == "features" else fields(getattr(records, name))
+        own = {"features": features, "gates": gate_table, "measures": measure_table}
+        body = own[name]() if name in own else fields(getattr(records, name))
         return match[1] + body + match[3]
 
     return BLOCK.sub(block, text)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from rlv3.features import regime_of
 
 HIGH_VOLATILITY = 0.03  # per step, from which a position is penalised
+SANE_REWARDS = frozenset({"net_return"})
+"""Rewards that pay for net profit alone, by `rlv3 audit-reward`; see tests/rlv3/test_audit.py."""
 IDLE = 1e-4  # a change of profit below this counts as idle (production's overtrading term)
 
 

@@ -205,16 +205,47 @@ def calibration(scores: ArrayLike, outcomes: ArrayLike, *, bins: int = BINS) -> 
     """
     s, y = _scored(scores, outcomes)
     mass, score, frequency = _binned(s, y, bins)
+    return Calibration(
+        len(s),
+        float(_debiased(mass, score, frequency)),
+        float((mass * np.abs(score - frequency)).sum()) / len(s),
+        float(((s - y) ** 2).mean()),
+    )
+
+
+def _debiased(mass: Floats, score: Floats, frequency: Floats) -> Floats:
     gap = score - frequency
     many = mass > 1
     bias = np.where(many, frequency * (1.0 - frequency) / np.maximum(mass - 1, 1), gap**2)
-    squared = float((mass * (gap**2 - bias)).sum() / mass[many].sum()) if many.any() else 0.0
-    return Calibration(
-        len(s),
-        max(0.0, squared) ** 0.5,
-        float((mass * np.abs(gap)).sum()) / len(s),
-        float(((s - y) ** 2).mean()),
-    )
+    total = np.maximum((mass * many).sum(axis=-1), 1.0)
+    return np.sqrt(np.maximum((mass * (gap**2 - bias)).sum(axis=-1) / total, 0.0))
+
+
+def calibration_intervals(
+    scores: ArrayLike,
+    outcomes: ArrayLike,
+    *,
+    rng: np.random.Generator,
+    bins: int = BINS,
+    draws: int = DRAWS,
+    level: float = LEVEL,
+) -> dict[str, Estimate]:
+    """Return the outcomes' `rate`, `ece` and `brier` as `calibration` does, with intervals.
+
+    Bins are resampled: how many samples each has, and how many of them come true. Rate and Brier
+    score are means of independent samples, their intervals are the normal ones.
+    """
+    s, y = _scored(scores, outcomes)
+    mass, score, frequency = _binned(s, y, bins)
+    masses = rng.multinomial(len(s), mass / len(s), size=draws)
+    hits = rng.binomial(masses, frequency)
+    again = _debiased(masses.astype(np.float64), score, hits / np.maximum(masses, 1))
+    found = {"ece": interval(float(_debiased(mass, score, frequency)), again, level=level)}
+    z = float(stats.norm.isf((1.0 - level) / 2.0))
+    for name, values in (("rate", y), ("brier", (s - y) ** 2)):
+        value, half = float(values.mean()), z * float(values.std()) / len(s) ** 0.5
+        found[name] = Estimate(value, max(0.0, value - half), min(1.0, value + half))
+    return found
 
 
 class Reliability(NamedTuple):

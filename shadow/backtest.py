@@ -1,23 +1,26 @@
 """How would RL v2 and RL v3 have done on these prices? The worker's fold over history, no Redis.
 
-The entries are those that the demo publishes (`shadow.history`), the fold is the worker's
-(`shadow.pipeline`), and the rows go into a store that the same report reads. Nothing depends on the
-clock: the same files and policies give the same rows with the same ids. Streams have no key here,
-only their names.
+The entries are those that the demo publishes (`shadow.history`) or those that a recording holds,
+RL v2's own decisions among them. The fold is the worker's (`shadow.pipeline`), and the rows go into
+a store that the same report reads. Nothing depends on the clock: the same files and policies give
+the same rows with the same ids. Streams of price files have no key, only their names.
 
-Orders fill at latency 0 by default, that is at the open at which they were decided, as in training.
-Files hold two prices a bar; with the live default of 250 ms every fill would wait for the close, a
-minute too late, which is a worse guess of the price 250 ms after the open than the open itself.
+On price files orders fill at latency 0 by default, that is at the open at which they were decided,
+as in training. Files hold two prices a bar; with the live default of 250 ms every fill would wait
+for the close, a minute too late, which is a worse guess of the price 250 ms after the open than the
+open itself. Recordings hold every tick, so there the worker's own latency is the default.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,8 +30,10 @@ from rlv3.market import Bars, read_bars
 from rlv3.policy import Policy
 from shadow.history import STREAMS, entries
 from shadow.pipeline import Pipeline, Settings
+from shadow.recording import Reading, load_snapshot
 from shadow.records import BarRow, Commit, Entry, decode_comparison, iso
 from shadow.rl_v2 import QTables
+from shadow.segments import make_directory, parse_id, write_durably
 from shadow.store import COMPARISONS, DECISIONS, StoreWriter
 
 FLUSH_ROWS = 20_000
@@ -55,26 +60,47 @@ class Summary:
     equity: dict[str, float]
     """Account currency by arm, summed over symbols, at the last price."""
     seconds: float
+    covered_s: float
+    """From the first entry to the last."""
+
+    @property
+    def speed(self) -> float:
+        """How many times faster than real time it went."""
+        return self.covered_s / self.seconds
+
+
+class _History(NamedTuple):
+    """What is run through the fold."""
+
+    entries: Iterable[Entry]
+    inputs: tuple[str, ...]
+    settings: Settings
+    unit: str
+    total: int
+    """Bars or entries, as `unit` says."""
 
 
 def backtest(
     policy: Policy | str | Path,
-    data: Sequence[Bars | str | Path],
+    data: Sequence[Bars | str | Path] = (),
     *,
     store_dir: str | Path,
+    recording: str | Path | None = None,
     rl_v2: str = "reference",
     rl_v2_tables: str | Path | None = None,
     self_play: bool = False,
-    latency_ms: int = 0,
+    latency_ms: int | None = None,
     bar_stamp: str = "close",
 ) -> Summary:
-    """Run both policies over bars and write every decision and comparison to a new store.
+    """Run both policies over history and write every decision and comparison to a new store.
 
     Args:
         policy: an artifact or its path.
         data: one series or CSV/Parquet file per symbol.
         store_dir: a directory that is no store yet.
-        rl_v2: `reference` or `off`; there is no bus to take decisions from.
+        recording: directory that `rlv3-worker record` wrote, instead of `data`.
+        rl_v2: `reference`, which follows RL v2's recorded decisions from a symbol's first one;
+            `bus`, which has no other; or `off`.
         rl_v2_tables: directory of RL v2's Q-tables, None for the shipped ones.
         self_play: let RL v3 play RL v2's part as well; every difference must be exactly 0.
         latency_ms: delay from a decision to its fill; see the module for the default.
@@ -88,28 +114,32 @@ def backtest(
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)
     policy.check_serving(allow_untrained=True)
-    bars = [_load(item, bar_stamp) for item in data]
-    check_steps(bars, policy)
-    settings = Settings(
-        latency_ms=latency_ms,
+    if recording is None:
+        history = _of_bars(policy, [_load(item, bar_stamp) for item in data])
+    else:
+        history = _of_recording(Path(recording))
+    settings = replace(
+        history.settings,
+        latency_ms=history.settings.latency_ms if latency_ms is None else latency_ms,
         rl_v2="off" if self_play else rl_v2,
-        max_event_age_s=None,
         self_play=self_play,
     )
     tables = QTables.load(rl_v2_tables) if settings.rl_v2 == "reference" else None
-    pipeline = Pipeline(policy, tables, settings, STREAMS)
+    pipeline = Pipeline(policy, tables, settings, history.inputs)
     started = time.perf_counter()
     with closing(_Store(store_dir)) as store, _progress() as progress:
-        task = progress.add_task("bars", total=sum(len(series.end_us) for series in bars))
-        for commit in fold(pipeline, entries(bars)):
+        store.keep(policy)
+        task = progress.add_task(history.unit, total=history.total)
+        for commit in fold(pipeline, history.entries):
             if self_play:
                 check_equal(commit)
-            progress.advance(task, store.write(commit))
+            closed = store.write(commit)
+            progress.advance(task, closed if history.unit == "bars" else commit.taken)
         store.writer.flush()
     snapshot = pipeline.snapshot()
     return Summary(
         store=Path(store_dir),
-        symbols=tuple(series.symbol for series in bars),
+        symbols=tuple(pipeline.symbols),
         entries=sum(pipeline.counts.values()),
         decisions=snapshot["decisions"],
         bars=store.bars,
@@ -117,6 +147,35 @@ def backtest(
         rejected=store.rejected,
         equity=snapshot["equity"],
         seconds=time.perf_counter() - started,
+        covered_s=store.covered_s,
+    )
+
+
+def _of_bars(policy: Policy, bars: Sequence[Bars]) -> _History:
+    check_steps(bars, policy)
+    return _History(
+        entries=entries(bars),
+        inputs=STREAMS,
+        settings=Settings(latency_ms=0, max_event_age_s=None),
+        unit="bars",
+        total=sum(len(series.end_us) for series in bars),
+    )
+
+
+def _of_recording(recording: Path) -> _History:
+    """Return what a worker read, in the one defined order, from the recording's start on."""
+    snapshot = load_snapshot(recording)
+    reader = Reading(recording, snapshot)
+    streams = [
+        ((parse_id(entry.entry_id), rank, entry) for entry in reader.inputs(name))
+        for rank, name in enumerate(snapshot.inputs)
+    ]
+    return _History(
+        entries=(entry for _, _, entry in heapq.merge(*streams, key=lambda item: item[:2])),
+        inputs=tuple(snapshot.inputs),
+        settings=snapshot.settings,
+        unit="entries",
+        total=sum(reader.position.groups[name].rows for name in snapshot.inputs),
     )
 
 
@@ -176,6 +235,7 @@ class _Store:
         self.bars = 0
         self.rejected = 0
         self._ms = 0
+        self._first_ms: int | None = None
         self._n = dict.fromkeys((DECISIONS, COMPARISONS), 0)
 
     def write(self, commit: Commit) -> int:
@@ -186,6 +246,8 @@ class _Store:
         ms = max((int(id_.partition("-")[0]) for id_ in commit.cursors.values()), default=self._ms)
         if ms > self._ms:
             self._ms = ms
+            if self._first_ms is None and commit.taken:
+                self._first_ms = ms
             self._n = dict.fromkeys(self._n, 0)
         closed = 0
         for output in commit.outputs:
@@ -200,6 +262,17 @@ class _Store:
             self.writer.flush()
         self.bars += closed
         return closed
+
+    def keep(self, policy: Policy) -> None:
+        """Copy the artifact, so that its decisions can be explained from the store alone."""
+        folder = self.writer.directory / "artifacts"
+        make_directory(folder)
+        write_durably(folder / f"{policy.digest}.safetensors", policy.source)
+
+    @property
+    def covered_s(self) -> float:
+        """Time from the first commit to the last, by the entries."""
+        return 0.0 if self._first_ms is None else (self._ms - self._first_ms) / 1_000
 
     def close(self) -> None:
         """Let the next writer in."""

@@ -6,16 +6,51 @@ equal bits for equal inputs. Money is in account currency.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from shadow.records import ARMS
+from shadow.batches import Floats, Ints, Paid, pay
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+ORDER = (
+    "split_part(stream_id, '-', 1)::HUGEINT * 1000000000 + split_part(stream_id, '-', 2)::HUGEINT"
+)
+"""Sorts stream ids by time and sequence number; as text `9-10` would come before `9-2`."""
+_SCOPED = ("decisions", "v2_decisions", "pairs", "unpaired", "bars", "outcomes")
+
+
+class Scope(NamedTuple):
+    """Which rows a report is about."""
+
+    runs: tuple[str, ...]
+    symbols: tuple[str, ...] | None = None
+    """All for None."""
+    since_us: int | None = None
+    """Rows at or before it are left out: a bar that ends then began before it."""
+    until_us: int | None = None
+    """Rows after it are left out."""
+
+    def install(self, db: duckdb.DuckDBPyConnection) -> None:
+        """Make a view `scoped_<table>` of every table that has rows per symbol and time."""
+        terms = [f"run_id IN ({_texts(self.runs)})"]
+        if self.symbols is not None:
+            terms.append(f"symbol IN ({_texts(self.symbols)})")
+        if self.since_us is not None:
+            terms.append(f"event_ts_us > {self.since_us}")
+        if self.until_us is not None:
+            terms.append(f"event_ts_us <= {self.until_us}")
+        for table in _SCOPED:
+            db.execute(
+                f"CREATE OR REPLACE TEMP VIEW scoped_{table} AS "
+                f"SELECT * FROM {table} WHERE {' AND '.join(terms)}"
+            )
+
+
+def _texts(values: Sequence[str]) -> str:
+    return ", ".join("'" + value.replace("'", "''") + "'" for value in values) or "NULL"
 
 
 class Bars(NamedTuple):
@@ -28,6 +63,12 @@ class Bars(NamedTuple):
     """Index into `regimes`."""
     warm: NDArray[np.bool_]
     capital: Floats
+    open: Floats
+    close: Floats
+    arrived: Ints
+    """Rank in the order of the stream, in which `report_bars` has its rows."""
+    run: Ints
+    """Number of the bar's run among those of the scope."""
     symbols: tuple[str, ...]
     regimes: tuple[str, ...]
     grid: Ints
@@ -52,27 +93,28 @@ class Bars(NamedTuple):
     """Bars whose step had to wait for a later tick."""
 
     @classmethod
-    def load(cls, db: duckdb.DuckDBPyConnection, run_id: str) -> Bars:
-        """Read the bars of a run once, ordered, into a table of this cursor."""
-        columns = ", ".join(f"{arm}_{item}" for arm in ARMS for item in _ARM_COLUMNS)
+    def load(cls, db: duckdb.DuckDBPyConnection) -> Bars:
+        """Read the bars of the scope that was installed; `report_bars` is a view of their rows.
+
+        Columns are read in the order in which they are stored, which is that of the stream, and
+        put in order here: DuckDB would sort all of them again for every arm.
+        """
         db.execute(
-            f"""
-            CREATE OR REPLACE TEMP TABLE report_bars AS
-            SELECT event_ts_us, symbol, coalesce(regime, 'unknown') AS regime, warm, gap, restarted,
-                   empty_after, step_decision_id, flat_equity AS capital, {columns}
-            FROM bars WHERE run_id = ? ORDER BY event_ts_us, symbol, stream_id
-            """,
-            [run_id],
-        )
-        symbols = _names(db, "symbol")
-        regimes = _names(db, "regime")
-        data = db.execute(
             """
-            SELECT event_ts_us, list_position($1, symbol) - 1 AS symbol,
-                   list_position($2, regime) - 1 AS regime, warm, capital
+            CREATE OR REPLACE TEMP VIEW report_bars AS
+            SELECT * REPLACE (coalesce(regime, 'unknown') AS regime), flat_equity AS capital
+            FROM scoped_bars
+            """
+        )
+        symbols, symbol_code = _names(db, "symbol")
+        regimes, regime_code = _names(db, "regime")
+        _, run_code = _names(db, "run_id")
+        data = db.execute(
+            f"""
+            SELECT event_ts_us, {symbol_code} AS symbol, {regime_code} AS regime, warm, capital,
+                   open, close, {run_code} AS run
             FROM report_bars
-            """,
-            [list(symbols), list(regimes)],
+            """
         ).fetchnumpy()
         gap, restarted, empty, owed = db.execute(
             """
@@ -81,22 +123,29 @@ class Bars(NamedTuple):
             FROM report_bars
             """
         ).fetchall()[0]
-        ts_us = np.asarray(data["event_ts_us"], np.int64)
-        grid, cell = np.unique(ts_us, return_inverse=True)
-        symbol = np.asarray(data["symbol"], np.int64)
-        capital = np.asarray(data["capital"], np.float64)
+        ts_us = np.asarray(data.pop("event_ts_us"), np.int64)
+        symbol = np.asarray(data.pop("symbol"), np.int64)
+        order = np.lexsort((symbol, ts_us))  # stable: a bar stored twice stays in stream order
+        ts_us, symbol = ts_us[order], symbol[order]
+        starts = np.flatnonzero(np.diff(ts_us, prepend=-1))
+        cell = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(ts_us)))
+        capital = np.asarray(data.pop("capital"), np.float64)[order]
         by_symbol = np.argsort(symbol, kind="stable")
         bounds = np.searchsorted(symbol[by_symbol], np.arange(len(symbols) + 1))
         first = by_symbol[bounds[:-1]]
         return cls(
             ts_us=ts_us,
             symbol=symbol,
-            regime=np.asarray(data["regime"], np.int64),
-            warm=np.asarray(data["warm"], np.bool_),
+            regime=np.asarray(data.pop("regime"), np.int64)[order],
+            warm=np.asarray(data.pop("warm"), np.bool_)[order],
             capital=capital,
+            open=np.asarray(data.pop("open"), np.float64)[order],
+            close=np.asarray(data.pop("close"), np.float64)[order],
+            arrived=order,
+            run=np.asarray(data.pop("run"), np.int64)[order],
             symbols=symbols,
             regimes=regimes,
-            grid=grid,
+            grid=ts_us[starts],
             cell=cell,
             by_symbol=by_symbol,
             first=first,
@@ -107,6 +156,14 @@ class Bars(NamedTuple):
             empty_bars=int(empty),
             owed_steps=int(owed),
         )
+
+    def at(self, symbol: Ints, ts_us: Ints) -> Ints:
+        """Return the newest bar of a symbol that had ended by a time, -1 where there is none."""
+        most = int(max(self.ts_us.max(initial=0), ts_us.max(initial=0))) + 1
+        keys = self.symbol[self.by_symbol] * most + self.ts_us[self.by_symbol]
+        place = np.searchsorted(keys, symbol * most + ts_us, side="right") - 1
+        found = self.by_symbol[np.maximum(place, 0)]
+        return np.where((place >= 0) & (self.symbol[found] == symbol), found, -1)
 
     def per_symbol(self, values: Floats | NDArray[np.bool_]) -> Floats:
         """Sum a column per symbol."""
@@ -129,10 +186,6 @@ _ARM_COLUMNS = (
 )
 
 
-_MONEY = ("gross", "turnover", "fee", "slippage", "gross_late")
-"""Columns that are fractions of the reference capital."""
-
-
 class Traded(NamedTuple):
     """What one arm did, per bar, in account currency."""
 
@@ -140,11 +193,11 @@ class Traded(NamedTuple):
     """-1 short, 0 flat, 1 long, at the close."""
     entered: NDArray[np.bool_]
     gross: Floats
-    turnover: Floats
     fee: Floats
     slippage: Floats
-    net: Floats
-    net_late: Floats
+    paid: Paid
+    exposure: Floats
+    """At the close, a fraction of the account's equity."""
     equity: Floats
     """As the account says, per symbol."""
     ruined: NDArray[np.bool_]
@@ -155,27 +208,43 @@ class Traded(NamedTuple):
         """Read one arm's columns, in the order of `bars`."""
         columns = ", ".join(f"{arm}_{item} AS {item}" for item in _ARM_COLUMNS)
         data = db.execute(f"SELECT {columns} FROM report_bars").fetchnumpy()
-        value = {name: np.asarray(data[name], np.float64) for name in _ARM_COLUMNS}
-        money = {name: value[name] * bars.capital for name in _MONEY}
-        costs = money["fee"] + money["slippage"]
+        value = {
+            name: np.asarray(data.pop(name), np.float64)[bars.arrived] for name in _ARM_COLUMNS
+        }
         side = np.sign(value["exposure"]).astype(np.int64)
         return cls(
             side=side,
             entered=_entries(side, bars),
-            gross=money["gross"],
-            turnover=money["turnover"],
-            fee=money["fee"],
-            slippage=money["slippage"],
-            net=money["gross"] - costs,
-            net_late=money["gross_late"] - costs,
+            gross=value["gross"] * bars.capital,
+            fee=value["fee"] * bars.capital,
+            slippage=value["slippage"] * bars.capital,
+            paid=pay(
+                value["gross"],
+                value["gross_late"],
+                value["fee"],
+                value["slippage"],
+                value["turnover"],
+                bars.capital,
+            ),
+            exposure=value["exposure"],
             equity=value["equity"],
             ruined=bars.per_symbol(value["ruined"]) > 0.0,
         )
 
+    @property
+    def net(self) -> Floats:
+        """Profit after fees and slippage."""
+        return self.paid.net
 
-def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[str, ...]:
+
+def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[tuple[str, ...], str]:
+    """Return a column's distinct values in order, and SQL for a row's index into them."""
     rows = db.execute(f"SELECT DISTINCT {column} FROM report_bars ORDER BY 1").fetchall()
-    return tuple(name for (name,) in rows)
+    names = tuple(name for (name,) in rows)
+    if not names:
+        return names, "0"
+    db.execute(f"CREATE OR REPLACE TEMP TYPE report_{column} AS ENUM ({_texts(names)})")
+    return names, f"enum_code({column}::report_{column})"
 
 
 def _entries(side: Ints, bars: Bars) -> NDArray[np.bool_]:

@@ -1,24 +1,25 @@
-"""Can the data of a store be trusted? What became of every entry, and which identities hold.
+"""Can the data be trusted? What became of every entry, which identities hold, what is missing.
 
-The ledger counts entries since the worker's first start, so its checks cover the whole store; those
-on bars cover the run that is reported.
+The ledger counts entries since the worker's first start, so its checks and shares cover the whole
+store; everything on bars and decisions covers the rows that are reported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import duckdb
 import msgspec
 import numpy as np
 
-from shadow.bars import Bars, Traded
+from rlv3.features import MARKET
+from shadow.bars import ORDER, Bars, Traded
+from shadow.batches import Ints
 from shadow.pipeline import OUTCOMES
+from shadow.slices import VOLATILITY
 
-ORDER = (
-    "split_part(stream_id, '-', 1)::HUGEINT * 1000000000 + split_part(stream_id, '-', 2)::HUGEINT"
-)
-"""Sorts stream ids by time and sequence number; as text `9-10` would come before `9-2`."""
+STRIP = 160
+"""Slices of time in the picture of coverage."""
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -27,6 +28,8 @@ class Check(msgspec.Struct, frozen=True):
     name: str
     ok: bool
     found: str
+    decides: bool = True
+    """False for what a reader should know and no verdict depends on."""
 
 
 class Stream(msgspec.Struct, frozen=True):
@@ -39,18 +42,79 @@ class Stream(msgspec.Struct, frozen=True):
     """Trimmed before they were read; null where the server cannot tell."""
 
 
+class Stage(msgspec.Struct, frozen=True):
+    """One step of the funnel: so many of so many."""
+
+    name: str
+    n: int
+    of: int
+    meaning: str
+
+
+class Unmatched(msgspec.Struct, frozen=True):
+    """Decisions without a counterpart."""
+
+    side: str
+    """Whose decision stayed alone."""
+    reason: str
+    decisions: int
+
+
+class Asymmetry(msgspec.Struct, frozen=True):
+    """Are unmatched decisions of RL v2 spread alike over groups? A chi-squared test."""
+
+    by: str
+    """symbol, regime or volatility."""
+    groups: tuple[tuple[str, int, int], ...]
+    """Group, decisions, unmatched ones."""
+    p: float | None
+    """Null with too few unmatched decisions to ask."""
+
+
+class Coverage(msgspec.Struct, frozen=True):
+    """Share of the symbols' bars that have a row, lowest within each slice of time."""
+
+    time_us: tuple[int, ...]
+    """Begin of each slice."""
+    share: tuple[float, ...]
+
+
 class Health(msgspec.Struct, frozen=True):
     """Can the data be trusted?"""
 
+    funnel: tuple[Stage, ...]
     streams: tuple[Stream, ...]
     checks: tuple[Check, ...]
+    unmatched: tuple[Unmatched, ...]
+    asymmetry: tuple[Asymmetry, ...]
+    asymmetry_p: float | None
+    """Smallest p-value, corrected for the number of tests."""
+    coverage: Coverage
+    bars: int
     gap_bars: int
     restarted_bars: int
     empty_bars: int
     cold_bars: int
+    poor_bars: int
+    """More than half of the market features are missing."""
     owed_steps: int
     collected: dict[str, dict[str, int]]
     """The collector's own counters per stream: repeated, rejected, lost …"""
+
+    def entries(self, outcome: str) -> int:
+        """Return how many entries had an outcome, all streams together."""
+        return sum(stream.outcomes.get(outcome, 0) for stream in self.streams)
+
+    @property
+    def read(self) -> int:
+        """Entries read."""
+        return sum(stream.read for stream in self.streams)
+
+    @property
+    def lost(self) -> int | None:
+        """Entries trimmed before they were read; None where the server cannot tell."""
+        known = [stream.lost for stream in self.streams if stream.lost is not None]
+        return sum(known) if known else None
 
 
 def count(db: duckdb.DuckDBPyConnection, query: str, *values: object) -> int:
@@ -62,18 +126,21 @@ def examine(
     db: duckdb.DuckDBPyConnection,
     bars: Bars,
     traded: Mapping[str, Traded],
+    volatility: Ints,
     step_us: int,
     collected: Mapping[str, Mapping[str, int]],
 ) -> Health:
-    """Check the data of a run whose bars are loaded.
+    """Check the data of a scope whose bars are loaded.
 
     Args:
         db: the cursor on which `Bars.load` ran.
+        volatility: group of each bar, known before it began; see `shadow.slices`.
         step_us: length of a bar.
         collected: stream -> what the collector counted.
     """
     ledger = db.execute(f"SELECT counts FROM ledger ORDER BY {ORDER} DESC LIMIT 1").fetchall()
     counts: dict[str, dict[str, int]] = ledger[0][0] if ledger else {}
+    streams = tuple(_stream(name, dict(counts[name])) for name in sorted(counts))
     checks = [
         *_ledger_checks(db, counts),
         _step_check(db),
@@ -83,15 +150,132 @@ def examine(
         _incident_check(db),
         _collector_check(db, collected),
     ]
+    asymmetry = tuple(_asymmetries(db, bars, volatility))
+    known = [test.p for test in asymmetry if test.p is not None]
     return Health(
-        streams=tuple(_stream(name, dict(counts[name])) for name in sorted(counts)),
+        funnel=tuple(_funnel(db, bars, streams)),
+        streams=streams,
         checks=tuple(checks),
+        unmatched=_unmatched(db),
+        asymmetry=asymmetry,
+        asymmetry_p=min(min(known) * len(known), 1.0) if known else None,
+        coverage=_coverage(bars, step_us),
+        bars=len(bars.ts_us),
         gap_bars=bars.gap_bars,
         restarted_bars=bars.restarted_bars,
         empty_bars=bars.empty_bars,
         cold_bars=int((~bars.warm).sum()),
+        poor_bars=_poor_bars(db),
         owed_steps=bars.owed_steps,
         collected={name: dict(values) for name, values in sorted(collected.items())},
+    )
+
+
+def _funnel(
+    db: duckdb.DuckDBPyConnection, bars: Bars, streams: Sequence[Stream]
+) -> Iterator[Stage]:
+    read = sum(stream.read for stream in streams)
+    lost = sum(stream.lost or 0 for stream in streams)
+    dead = sum(stream.outcomes.get("dead_letter", 0) for stream in streams)
+    yield Stage("received", read, read + lost, "entries of the bus that were read before trimming")
+    yield Stage("valid", read - dead, read, "of these, entries that could be decoded")
+    pairs = count(db, "SELECT count(*) FROM scoped_pairs")
+    alone = count(
+        db, "SELECT count(*) FROM scoped_unpaired WHERE side = 'v2' AND reason <> 'duplicate'"
+    )
+    yield Stage("matched", pairs, pairs + alone, "decisions of RL v2 that have their v3 decision")
+    n = len(bars.ts_us)
+    yield Stage(
+        "simulated", n, n + bars.empty_bars, "bars in which the arms were marked and traded"
+    )
+
+
+def _unmatched(db: duckdb.DuckDBPyConnection) -> tuple[Unmatched, ...]:
+    rows = db.execute(
+        """
+        SELECT side, reason, count(*) FROM scoped_unpaired
+        GROUP BY side, reason ORDER BY side, 3 DESC, reason
+        """
+    ).fetchall()
+    return tuple(Unmatched(*row) for row in rows)
+
+
+def _asymmetries(
+    db: duckdb.DuckDBPyConnection, bars: Bars, volatility: Ints
+) -> Iterator[Asymmetry]:
+    """Yield a test per grouping: v3 failing in fast markets would be survivorship."""
+    rows = db.execute(_DUE).fetchnumpy() if len(bars.ts_us) else {"symbol": np.zeros(0, np.int64)}
+    symbol = np.ma.filled(np.ma.asarray(rows["symbol"]).astype(np.int64), -1)
+    if not (symbol >= 0).any():
+        return
+    n, alone = (np.asarray(rows[name], np.int64) for name in ("n", "alone"))
+    bar = bars.at(symbol, np.asarray(rows["ts_us"], np.int64))
+    groups = {
+        "symbol": (symbol, bars.symbols),
+        "regime": (np.where(bar < 0, -1, bars.regime[bar]), bars.regimes),
+        "volatility": (np.where(bar < 0, -1, volatility[bar]), VOLATILITY[:-1]),
+    }
+    for by, (group, names) in groups.items():
+        names = (*names, "not known")
+        total, missing = (np.bincount(group % len(names), x, len(names)) for x in (n, alone))
+        counts = [
+            (name, int(total[i]), int(missing[i])) for i, name in enumerate(names) if total[i]
+        ]
+        yield Asymmetry(by, tuple(counts), _alike([row[1:] for row in counts]))
+
+
+_DUE = """
+    SELECT enum_code(TRY_CAST(symbol AS report_symbol)) AS symbol,
+           event_ts_us // 1000000 * 1000000 AS ts_us,
+           count(*) AS n, count(*) FILTER (alone) AS alone
+    FROM (
+        SELECT symbol, event_ts_us, false AS alone FROM scoped_pairs
+        UNION ALL
+        SELECT symbol, event_ts_us, true FROM scoped_unpaired
+        WHERE side = 'v2' AND reason <> 'duplicate'
+    ) GROUP BY ALL
+"""
+"""Decisions of RL v2 by symbol and second: those of one second share their bar."""
+
+
+def _alike(groups: Sequence[tuple[int, int]]) -> float | None:
+    """Return the p-value of equal shares; None where a count of less than 5 is expected."""
+    total, alone = sum(n for n, _ in groups), sum(n for _, n in groups)
+    if len(groups) < 2 or alone == 0:
+        return None
+    least = min(n for n, _ in groups) * min(alone, total - alone) / total
+    if least < 5.0:
+        return None
+    from scipy.stats import chi2_contingency
+
+    table = [[n - missing, missing] for n, missing in groups]
+    return float(chi2_contingency(table, correction=False).pvalue)
+
+
+def _coverage(bars: Bars, step_us: int) -> Coverage:
+    """Return how complete the bars are, hour by hour, in at most `STRIP` slices."""
+    if not len(bars.ts_us):
+        return Coverage((), ())
+    hour = 3_600_000_000
+    number = (bars.ts_us - 1) // hour
+    first = int(number[0])
+    rows = np.bincount(number - first)
+    expected = len(bars.symbols) * hour / step_us
+    share = np.minimum(rows / expected, 1.0)
+    share = share[:-1] if len(share) > 1 else share  # the last hour is not over yet
+    slices = -(-len(share) // STRIP)
+    starts = np.arange(0, len(share), slices)
+    lowest = np.minimum.reduceat(share, starts)
+    times = (first + starts) * hour
+    return Coverage(tuple(times.tolist()), tuple(np.round(lowest, 4).tolist()))
+
+
+def _poor_bars(db: duckdb.DuckDBPyConnection) -> int:
+    mask = sum(1 << i for i in MARKET)
+    return count(
+        db,
+        "SELECT count(*) FROM report_bars "
+        f"WHERE bit_count(missing_mask & {mask}) > {len(MARKET)} / 2",
     )
 
 
@@ -144,8 +328,9 @@ def _step_check(db: duckdb.DuckDBPyConnection) -> Check:
     missing = count(
         db,
         """
-        SELECT count(*) FROM report_bars ANTI JOIN decisions
-        ON report_bars.step_decision_id = decisions.decision_id
+        SELECT count(*) FROM report_bars
+        ANTI JOIN (SELECT decision_id FROM decisions WHERE kind = 'step') AS steps
+        ON report_bars.step_decision_id = steps.decision_id
         WHERE step_decision_id IS NOT NULL
         """,
     )
@@ -171,7 +356,7 @@ def _hole_check(db: duckdb.DuckDBPyConnection, step_us: int) -> Check:
         """
         SELECT count(*) FROM (
             SELECT event_ts_us - lag(event_ts_us + ? * (1 + empty_after))
-                OVER (PARTITION BY symbol ORDER BY event_ts_us) AS hole
+                OVER (PARTITION BY run_id, symbol ORDER BY event_ts_us) AS hole
             FROM report_bars
         ) WHERE hole <> 0
         """,
@@ -184,9 +369,14 @@ def _hole_check(db: duckdb.DuckDBPyConnection, step_us: int) -> Check:
 def _equity_check(bars: Bars, traded: Mapping[str, Traded]) -> Check:
     """Compare every account's own equity with the profits of its bars."""
     worst = 0.0
+    account = bars.run * len(bars.symbols) + bars.symbol  # a run's accounts may begin anew
+    order = np.argsort(account, kind="stable")
+    _, first, n = np.unique(account[order], return_index=True, return_counts=True)
+    begin, end = order[first], order[first + n - 1]
     for arm in traded.values():
-        start = arm.equity[bars.first] - arm.net[bars.first]
-        difference = np.abs(arm.equity[bars.last] - start - bars.per_symbol(arm.net))
+        earned = np.add.reduceat(arm.net[order], first) if len(first) else arm.net
+        start = arm.equity[begin] - arm.net[begin]
+        difference = np.abs(arm.equity[end] - start - earned)
         worst = max(worst, float(difference.max(initial=0.0)))
     ok = worst <= 1e-9 * max(bars.total_capital, 1.0)
     found = "equal within rounding" if ok else f"differs by up to {worst:,.2f}"
@@ -202,7 +392,7 @@ def _incident_check(db: duckdb.DuckDBPyConnection) -> Check:
         """
     ).fetchall()
     text = ", ".join(f"{reason} {n:,}" for reason, n in found) or "none"
-    return Check("no incident in the ledger", not found, text)
+    return Check("no incident in the ledger", not found, text, decides=False)
 
 
 def _collector_check(

@@ -1,5 +1,9 @@
 """Which v3 decision belongs to a v2 decision: five rules in order, one to one, by event time.
 
+A v2 decision that judged a signal has its counterpart among v3's decisions on signals: a tick or a
+step that happens to be nearer in time is not it, unless v3 sees no signals at all. A v2 decision
+that comes again, under another entry id, is a duplicate and not a second decision.
+
 Rules 1 to 4 (same entry, trace id, correlation id, within 1 ms) are exact and match at once,
 whichever side came first. Rule 5 (nearest within a window) waits until the window has passed in
 event time, when every candidate is known; so the result does not depend on arrival.
@@ -35,6 +39,8 @@ class Candidate(NamedTuple):
     signal: bool
     """Decided on a signal: reported when it stays unpaired."""
     taken: int = 0
+    taken_by: tuple[str, ...] = ()
+    """Decisions of RL v2 that it was paired with, one per opponent."""
 
 
 class OpenV2(NamedTuple):
@@ -52,6 +58,8 @@ class OpenV2(NamedTuple):
     digest: str | None
     window_us: int
     bit: int
+    judged: bool = False
+    """It judged a signal."""
 
 
 class Match(NamedTuple):
@@ -70,6 +78,12 @@ class Unmatched(NamedTuple):
     ts_us: int
     reason: str
     opponent: str | None
+
+
+def _taken(candidate: Candidate, v2: OpenV2) -> Candidate:
+    return candidate._replace(
+        taken=candidate.taken | v2.bit, taken_by=(*candidate.taken_by, v2.decision_id)
+    )
 
 
 def exact_rule(v2: OpenV2, v3: Candidate) -> int:
@@ -112,8 +126,10 @@ class Pairing:
         matches: list[Match] = []
         for v2 in list(self.open_v2):
             rule = exact_rule(v2, candidate)
+            if rule == 4 and not self._may(v2, candidate):
+                continue
             if rule and not candidate.taken & v2.bit:
-                candidate = candidate._replace(taken=candidate.taken | v2.bit)
+                candidate = _taken(candidate, v2)
                 matches.append(Match(v2, candidate, rule))
                 self.open_v2.remove(v2)
         if candidate.signal or candidate.kind == "step":
@@ -133,31 +149,48 @@ class Pairing:
             self.n_advisory += 1
         return matches, gone
 
-    def offer(self, v2: OpenV2) -> Match | None:
+    def offer(self, v2: OpenV2) -> Match | Unmatched | None:
         """Settle a v2 decision by rules 1 to 4, or keep it open until its window has passed."""
+        if self._is_known(v2):
+            return Unmatched("v2", v2.decision_id, v2.ts_us, "duplicate", v2.opponent)
         best: tuple[int, int, int, str, int] | None = None
         for name, ring in (("m", self.main), ("a", self.advisory)):
             for slot, candidate in enumerate(ring):
                 if candidate is None or candidate.taken & v2.bit:
                     continue
                 rule = exact_rule(v2, candidate)
-                if rule:
+                if rule and (rule < 4 or self._may(v2, candidate)):
                     delta = abs(candidate.ts_us - v2.ts_us)
                     key = (rule, delta, -candidate.ts_us, name, slot)
                     if best is None or key < best:
                         best = key
         if best is not None:
-            return Match(v2, self._take(best[3], best[4], v2.bit), best[0])
+            return Match(v2, self._take(best[3], best[4], v2), best[0])
         self.open_v2.append(v2)
         self.deadline = min(self.deadline, v2.ts_us + v2.window_us)
         return None
 
-    def _take(self, name: str, slot: int, bit: int) -> Candidate:
+    def _is_known(self, v2: OpenV2) -> bool:
+        """Return True when a decision with this id is open or paired already."""
+        return any(other.decision_id == v2.decision_id for other in self.open_v2) or any(
+            candidate is not None and v2.decision_id in candidate.taken_by
+            for ring in (self.main, self.advisory)
+            for candidate in ring
+        )
+
+    def _may(self, v2: OpenV2, candidate: Candidate) -> bool:
+        """Return False for a candidate on a tick where v2 judged a signal and v3 sees signals."""
+        return (
+            not v2.judged
+            or candidate.signal
+            or not any(other is not None and other.signal for other in self.main)
+        )
+
+    def _take(self, name: str, slot: int, v2: OpenV2) -> Candidate:
         ring = self.main if name == "m" else self.advisory
         candidate = ring[slot]
         assert candidate is not None
-        candidate = candidate._replace(taken=candidate.taken | bit)
-        ring[slot] = candidate
+        candidate = ring[slot] = _taken(candidate, v2)
         self.dirty.add(f"{name}{slot}")
         return candidate
 
@@ -178,6 +211,9 @@ class Pairing:
             if candidate is None or not candidate.signal or candidate.taken:
                 continue
             end = candidate.ts_us + signal_window_us
+            for v2 in waiting:  # its window ends later, and it may still take this one
+                if abs(v2.ts_us - candidate.ts_us) <= v2.window_us:
+                    end = max(end, v2.ts_us + v2.window_us)
             if end >= now_us:
                 deadline = min(deadline, end)
                 continue
@@ -193,7 +229,7 @@ class Pairing:
         best: tuple[int, int, int] | None = None
         taken = False
         for slot, candidate in enumerate(self.main):
-            if candidate is None:
+            if candidate is None or not self._may(v2, candidate):
                 continue
             delta = abs(candidate.ts_us - v2.ts_us)
             if delta > v2.window_us:
@@ -207,7 +243,7 @@ class Pairing:
         if best is None:
             reason = "candidate_taken" if taken else "missing_v3"
             return Unmatched("v2", v2.decision_id, v2.ts_us, reason, v2.opponent)
-        return Match(v2, self._take("m", best[2], v2.bit), 5)
+        return Match(v2, self._take("m", best[2], v2), 5)
 
     def dump(self) -> tuple[Any, ...]:
         """Return what is not in a ring slot."""
@@ -219,4 +255,6 @@ class Pairing:
         self.open_v2 = [OpenV2(*v) for v in open_v2]
         for name, value in slots.items():
             ring = self.main if name[0] == "m" else self.advisory
-            ring[int(name[1:])] = Candidate(*value)
+            facts = [*value, ()][: len(Candidate._fields)]  # an earlier version had no taken_by
+            facts[-1] = tuple(facts[-1])
+            ring[int(name[1:])] = Candidate(*facts)

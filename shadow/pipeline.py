@@ -655,10 +655,13 @@ class Pipeline:
                 digest=v2.tables_digest,
                 window_us=self._window_ai_us if slow else self._window_us,
                 bit=REFERENCE if local else BUS,
+                judged=v2.signal_direction is not None,
             )
         )
-        if found is not None:
+        if isinstance(found, Match):
             self._pair_row(state, found)
+        elif found is not None:  # a duplicate: its entry tells it from the next one
+            self._unpaired_row(state, found, v2.ref.stream, v2.ref.entry_id)
 
     def _note_v2_outcome(self, state: SymbolState, realised: float) -> None:
         profit = state.v2.account.realised - realised
@@ -906,10 +909,10 @@ class Pipeline:
             )
         )
 
-    def _unpaired_row(self, state: SymbolState, unmatched: Unmatched) -> None:
+    def _unpaired_row(self, state: SymbolState, unmatched: Unmatched, *place: str) -> None:
         self._emit(
             UnpairedRow(
-                record_id=record_id("unpaired", unmatched.side, unmatched.decision_id),
+                record_id=record_id("unpaired", unmatched.side, unmatched.decision_id, *place),
                 run_id=self.run_id,
                 symbol=state.symbol,
                 event_ts_us=unmatched.ts_us,

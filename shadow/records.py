@@ -170,7 +170,7 @@ class UnpairedRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="
     """v2 or v3: whose decision stayed alone."""
     decision_id: str
     reason: str
-    """missing_v3, missing_v2, candidate_taken, opponent_off, evicted."""
+    """missing_v3, missing_v2, candidate_taken, duplicate, opponent_off, evicted."""
     opponent: str | None
     policy_digest: str
     schema_version: int = SCHEMA_VERSION

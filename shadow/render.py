@@ -1,30 +1,30 @@
-"""How does a report look: on a terminal, as JSON, and as one HTML page that needs nothing else?
+"""How does a report look as JSON, and as one HTML page that needs nothing else?
 
-Every function is pure and works from a `Report` alone, so the three forms cannot disagree; only
-`write` touches the disk. The time of writing stands outside what is hashed: equal reports give
-equal bodies, byte for byte.
+Every function is pure and works from a `Report` alone, so the forms cannot disagree; only `write`
+touches the disk. The time of writing stands outside what is hashed: equal reports give equal
+bodies, byte for byte.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import msgspec
 from markupsafe import Markup
 
 from rlv3.errors import ConfigError
-from shadow import charts
+from shadow import charts, text
+from shadow.effect import Effect, Range
 from shadow.records import ARMS
-from shadow.report import Agreement, Arm, Band, Report
+from shadow.report import Arm, Band, Report
+from shadow.terminal import Files
+from shadow.text import LABELS, amount, money, percent
 
-COLUMNS = 80
-LABELS = {"v3": "v3", "v2": "v2", "follow_signal": "follow-signal", "flat": "flat"}
 SIDES = ("short", "flat", "long")
 RULES = {
     1: "same entry",
@@ -44,13 +44,24 @@ SETTINGS = {
     "step_seconds": ("length of a bar and step", "{:.0f} s"),
 }
 """Setting -> what it means and how it is written; others appear as they are."""
-
-
-class Files(NamedTuple):
-    """Where a report was written."""
-
-    html: Path
-    json: Path
+SECTIONS = {
+    "verdict": "Verdict",
+    "effect": "Primary effect",
+    "evidence": "Evidence over time",
+    "gates": "Gates",
+    "data": "Data health",
+    "equity": "Equity and drawdown",
+    "metrics": "Metrics",
+    "behaviour": "Behaviour",
+    "slices": "Slices",
+    "sensitivity": "Sensitivity",
+    "calibration": "Calibration",
+    "disagreements": "Disagreements",
+    "method": "Method and provenance",
+}
+"""Anchor -> title, in the order of the page."""
+STATES = {"pass": "✓ pass", "open": "○ open", "fail": "✗ fail"}
+VERDICT_MARKS = {"PROMOTE": "▲", "REJECT": "▼", "INVALID": "✕", "KEEP SHADOWING": "◆"}
 
 
 def write(report: Report, directory: str | Path, generated_at: datetime) -> Files:
@@ -84,182 +95,6 @@ def json(report: Report, generated_at: datetime) -> str:
     return f'{{"report":{body},"report_sha256":"{digest(report)}","generated_at":"{stamp}"}}\n'
 
 
-# -- terminal --------------------------------------------------------------------------------------
-
-
-def terminal(report: Report, files: Files | None = None) -> list[str]:
-    """Return the summary: at most 24 lines of at most 80 characters (paths may be longer)."""
-    lines = [_headline(report), _verdict(report), _period(report)]
-    lines += _notices(report.notices)
-    lines.append(f"{'':<14}" + "".join(f"{LABELS[arm.name]:>16}" for arm in report.arms))
-    lines += [
-        f"{label:<14}" + "".join(f"{cell:>16}" for cell in cells)
-        for label, cells in arm_rows(report.arms)
-    ]
-    lines += [_agreement(report.agreement), _pairs(report), _unpaired(report)]
-    lines += [_mix("steps", report.actions.steps), _mix("advisory", report.actions.advisory)]
-    lines.append(_data(report))
-    lines.append(_not_modelled([name for name, _ in report.not_modelled]))
-    if files is not None:
-        inputs = report.provenance.input_sha256[:12]
-        lines += [f"Report {files.html}", f"JSON   {files.json}   inputs sha256:{inputs}"]
-    return lines
-
-
-def arm_rows(arms: Sequence[Arm]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the table of arms as text: label and one cell per arm."""
-    yield "net profit", [money(arm.net) for arm in arms]
-    yield "  1 tick later", [money(arm.net_late) for arm in arms]
-    yield "gross profit", [money(arm.gross) for arm in arms]
-    yield "fees", [money(-arm.fees) for arm in arms]
-    yield "slippage", [money(-arm.slippage) for arm in arms]
-    yield "turnover", [amount(arm.turnover) for arm in arms]
-    yield "max drawdown", [percent(arm.max_drawdown, 3) for arm in arms]
-    yield "entries", [f"{arm.entries:,}" for arm in arms]
-    yield "in the market", [percent(arm.time_in_market) for arm in arms]
-
-
-def _headline(report: Report) -> str:
-    policy = (report.run.policy_digest or "unknown")[:12]
-    opponents = " and ".join(opponent.name for opponent in report.run.opponents) or "nobody"
-    return _cut(f"RL v3 {policy} against {opponents} (simulated, never traded)")
-
-
-def _verdict(report: Report) -> str:
-    return f"{report.verdict.text}: {', '.join(report.verdict.why)}"
-
-
-def _period(report: Report) -> str:
-    period = report.period
-    if period.start_us is None or period.end_us is None:
-        return f"no closed bar  run {report.run.run_id}"
-    symbols = "1 symbol" if len(period.symbols) == 1 else f"{len(period.symbols):,} symbols"
-    return _cut(
-        f"{moment(period.start_us)} to {moment(period.end_us)} UTC, {symbols}, "
-        f"{period.bars:,} bars, run {report.run.run_id[:8]}"
-    )
-
-
-def _notices(notices: Sequence[str]) -> list[str]:
-    if len(notices) > 2:
-        notices = (notices[0], f"and {len(notices) - 1} more notices, see the page or the JSON")
-    return [_cut(f"! {notice}") for notice in notices]
-
-
-def _agreement(found: Agreement) -> str:
-    return (
-        f"Agreement {percent(found.raw)} of {found.n:,} warm bars, "
-        f"kappa {kappa(found.kappa)}, opposite {percent(found.opposite)}"
-    )
-
-
-def _pairs(report: Report) -> str:
-    rules: dict[int, int] = {}
-    for group in report.pairs:
-        rules[group.rule] = rules.get(group.rule, 0) + group.pairs
-    by_rule = ", ".join(f"rule {rule}: {n:,}" for rule, n in sorted(rules.items()))
-    total = f"Pairs {sum(rules.values()):,}"
-    return _cut(f"{total} ({by_rule})" if by_rule else total)
-
-
-def _unpaired(report: Report) -> str:
-    parts = []
-    for side in ("v2", "v3"):
-        rows = [row for row in report.unpaired if row.side == side]
-        reasons = ", ".join(f"{row.reason} {row.decisions:,}" for row in rows)
-        total = f"{side} {sum(row.decisions for row in rows):,}"
-        parts.append(f"{total} ({reasons})" if reasons else total)
-    return _cut("Unpaired " + "; ".join(parts))
-
-
-def _mix(kind: str, counts: Sequence[int]) -> str:
-    total = sum(counts)
-    names = ("HOLD", "LONG", "SHORT", "REDUCE", "CLOSE", "FLATTEN")
-    shares = "  ".join(
-        f"{name} {100 * n / total:.0f}%" for name, n in zip(names, counts, strict=True) if n
-    )
-    return _cut(f"v3 {kind} {total:,}: {shares}" if total else f"v3 {kind}: none")
-
-
-def _data(report: Report) -> str:
-    streams = report.health.streams
-    total = {
-        name: sum(stream.outcomes.get(name, 0) for stream in streams)
-        for name in ("decided", "conflated", "dead_letter")
-    }
-    failed = sum(not check.ok for check in report.health.checks)
-    return _cut(
-        f"Data checks {'ok' if not failed else f'{failed} FAILED'}, lost {lost(report)}, "
-        f"dead {total['dead_letter']:,}, conflated {total['conflated']:,}, "
-        f"decided {total['decided']:,} of {sum(stream.read for stream in streams):,}"
-    )
-
-
-def _not_modelled(names: Sequence[str]) -> str:
-    """Name as many as fit, and say how many there are beside them."""
-    for shown in range(len(names), 0, -1):
-        rest = f" and {len(names) - shown} more" if shown < len(names) else ""
-        line = f"Not modelled: {', '.join(names[:shown])}{rest}"
-        if len(line) <= COLUMNS:
-            return line
-    return f"Not modelled: {len(names)} things"
-
-
-def lost(report: Report) -> str:
-    """Return how many entries were trimmed before they were read, or that nobody knows."""
-    known = [stream.lost for stream in report.health.streams if stream.lost is not None]
-    return f"{sum(known):,}" if known else "none noted"
-
-
-def _cut(line: str) -> str:
-    return line if len(line) <= COLUMNS else line[: COLUMNS - 1] + "…"
-
-
-# -- how values are written ------------------------------------------------------------------------
-
-
-def money(value: float) -> str:
-    """Write a profit: signed, two decimals; an exact or rounded zero has no sign."""
-    text = f"{value:+,.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text
-
-
-def amount(value: float) -> str:
-    """Write an amount of money that is not a profit."""
-    return f"{value:,.0f}"
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """Write a share of 1; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def kappa(value: float | None) -> str:
-    """Write Cohen's kappa; without data, or when chance alone agrees always, it is undefined."""
-    return "undefined" if value is None else f"{value:.3f}"
-
-
-def moment(ts_us: int) -> str:
-    """Write a time of the data, UTC, to the minute."""
-    return f"{datetime.fromtimestamp(ts_us // 1_000_000, UTC):%Y-%m-%d %H:%M}"
-
-
-def _axis_money(value: float, step: float) -> str:
-    return f"{value + 0.0:,.{_digits(step)}f}"
-
-
-def _axis_percent(value: float, step: float) -> str:
-    return f"{abs(100 * value):.{_digits(100 * step)}f} %"
-
-
-def _digits(step: float) -> int:
-    """Return how many decimals tell neighbouring labels apart without rounding them."""
-    return next((n for n in range(6) if abs(step - round(step, n)) < 1e-6 * step), 6)
-
-
-# -- HTML ------------------------------------------------------------------------------------------
-
-
 def html(report: Report, generated_at: datetime) -> str:
     """Return one self-contained page: no script, no request, light and dark, fit to print."""
     return _template().render(
@@ -273,10 +108,30 @@ def html(report: Report, generated_at: datetime) -> str:
         traders=[name for name in ARMS if name != "flat"],
         settings=list(_settings(report)),
         outcomes=_outcome_columns(report),
-        lost=lost(report),
+        sections=SECTIONS,
+        states=STATES,
+        mark=VERDICT_MARKS.get(report.verdict.text, "◇"),
+        level=f"{100 * (1 - report.effect.alpha):.1f} %",
+        reach=_reach,
+        embedded=_embedded(report),
         body_sha256=digest(report),
         generated_at=f"{generated_at:%Y-%m-%d %H:%M:%S} UTC",
     )
+
+
+def arm_rows(arms: Sequence[Arm]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the table of arms as text: label and one cell per arm."""
+    yield "net profit", [money(arm.net) for arm in arms]
+    yield "net profit, 1 tick later", [money(arm.net_late) for arm in arms]
+    yield "gross profit", [money(arm.gross) for arm in arms]
+    yield "fees", [money(-arm.fees) for arm in arms]
+    yield "slippage", [money(-arm.slippage) for arm in arms]
+    yield "turnover", [amount(arm.turnover) for arm in arms]
+    yield "max drawdown", [percent(arm.max_drawdown, 3) for arm in arms]
+    yield "max drawdown, 1 tick later", [percent(arm.max_drawdown_late, 3) for arm in arms]
+    yield "entries", [f"{arm.entries:,}" for arm in arms]
+    yield "in the market", [percent(arm.time_in_market) for arm in arms]
+    yield "ruined accounts", [", ".join(arm.ruined) or "none" for arm in arms]
 
 
 def _template() -> jinja2.Template:
@@ -288,11 +143,20 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "money": money, "amount": amount, "percent": percent, "kappa": kappa, "moment": moment,
-        "count": "{:,}".format, "decimal": "{:,.2f}".format,
+        "money": money, "amount": amount, "percent": percent, "kappa": text.kappa,
+        "moment": text.moment, "signed": text.signed, "plain": text.plain, "bounds": text.bounds,
+        "span": text.span,
+        "probability": text.probability, "evidence": text.evidence, "days": text.days,
+        "count": "{:,}".format, "decimal": "{:,.2f}".format, "exp": _exponential,
     }  # fmt: skip
-    environment.globals |= {"swatch": _swatch, "bar": _bar, "zip": zip}
+    environment.globals |= {
+        "swatch": _swatch, "bar": _bar, "interval_bar": _interval_bar, "zip": zip,
+    }  # fmt: skip
     return environment.get_template("report.html.j2")
+
+
+def _exponential(log_e: float) -> float:
+    return float(2.718281828459045 ** min(log_e, 700.0))
 
 
 def _swatch(key: str) -> Markup:
@@ -301,6 +165,27 @@ def _swatch(key: str) -> Markup:
 
 def _bar(share: float, key: str) -> Markup:
     return Markup(charts.bar(share, key))
+
+
+def _interval_bar(found: Range, reach: float, more_is_better: bool = True) -> Markup:
+    if found.value is None or found.low is None or found.high is None:
+        return Markup("")
+    ends = found.value, found.low, found.high
+    return Markup(charts.interval_bar(*ends, reach, more_is_better=more_is_better))
+
+
+def _reach(ranges: Sequence[Range]) -> float:
+    """Return the scale on which all intervals of a table can be drawn."""
+    ends = [abs(end) for found in ranges for end in (found.low, found.high) if end is not None]
+    return max(ends, default=1.0)
+
+
+def _embedded(report: Report) -> Markup:
+    """Return the report's JSON, safe inside the page: nothing in it can end the element."""
+    body = msgspec.json.encode(report).decode()
+    for sign, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
+        body = body.replace(sign, code)
+    return Markup(body)
 
 
 def _settings(report: Report) -> Iterator[tuple[str, str, str]]:
@@ -317,8 +202,25 @@ def _outcome_columns(report: Report) -> list[str]:
     return list(found)
 
 
+# -- drawings --------------------------------------------------------------------------------------
+
+
 def _charts(report: Report) -> Iterator[tuple[str, Markup]]:
-    """Yield the drawings by name; nothing when no bar has closed."""
+    """Yield the drawings by name; an empty one for what cannot be drawn yet."""
+    yield from dict.fromkeys(
+        ("number_line", "evidence", "coverage", "reliability", "equity"), Markup("")
+    ).items()
+    yield from _effect_charts(report)
+    covered = report.health.coverage
+    if covered.time_us:
+        title = "Share of the bars that are there, by hour"
+        yield "coverage", Markup(charts.strip(covered.time_us, covered.share, title=title))
+    bins = [
+        charts.Bin(item.confidence, item.came_true, item.low, item.high)
+        for item in report.behaviour.calibration.bins
+    ]
+    if bins:
+        yield "reliability", Markup(charts.reliability(bins, title="Reliability of confidence"))
     curves = report.curves
     if not curves.time_us:
         return
@@ -327,12 +229,56 @@ def _charts(report: Report) -> Iterator[tuple[str, Markup]]:
     equity = [charts.Line(name, *_parts(curves.equity[name])) for name in drawn]
     fall = [charts.Line(name, *_fall(curves.drawdown[name])) for name in drawn]
     difference = [charts.Line("difference", *_parts(curves.difference))]
-    for name, lines, title, height, text in (
+    for name, lines, title, height, label in (
         ("equity", equity, "Equity of the four arms over time", 300, _axis_money),
         ("difference", difference, "Net profit of v3 minus v2 over time", 150, _axis_money),
         ("drawdown", fall, "Drawdown of the four arms over time", 170, _axis_percent),
     ):
-        yield name, Markup(draw(lines, title=title, height=height, text=text))
+        yield name, Markup(draw(lines, title=title, height=height, text=label))
+
+
+def _effect_charts(report: Report) -> Iterator[tuple[str, Markup]]:
+    effect = report.effect
+    sequence, one_look = _ends(effect.sequence), _ends(effect.one_look)
+    margin = report.registration.margin if report.registration else 0.0
+    if sequence is not None:
+        yield (
+            "number_line",
+            Markup(charts.number_line(sequence, one_look, margin=margin, title=_in_words(effect))),
+        )
+    history = effect.history
+    if len(history.time_us) > 1:
+        lines = [charts.Line("difference", history.mean, history.low, history.high)]
+        late = min(history.ready, len(history.time_us) - 1)
+        ends = (history.low[late:], history.high[late:])
+        yield (
+            "evidence",
+            Markup(
+                charts.line_chart(
+                    history.time_us,
+                    lines,
+                    title="Mean difference and its confidence sequence over time",
+                    height=260,
+                    text=_axis_plain,
+                    within=(min(0.0, *ends[0]), max(0.0, *ends[1])),
+                    quiet_until_us=history.time_us[late],
+                )
+            ),
+        )
+
+
+def _in_words(effect: Effect) -> str:
+    found = effect.sequence
+    return (
+        f"Effect {text.signed(found.value)} bps a day, confidence sequence {text.bounds(found)}, "
+        f"interval of one look {text.bounds(effect.one_look)}"
+    )
+
+
+def _ends(found: Range) -> tuple[float, float, float] | None:
+    if found.value is None or found.low is None or found.high is None:
+        return None
+    return found.value, found.low, found.high
 
 
 def _parts(band: Band) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
@@ -343,3 +289,15 @@ def _fall(band: Band) -> tuple[Sequence[float], Sequence[float], Sequence[float]
     """Turn drawdowns upside down: they are drawn as falls below zero."""
     last, low, high = ([-value for value in part] for part in (band.last, band.high, band.low))
     return last, low, high
+
+
+def _axis_plain(value: float, step: float) -> str:
+    return f"{value + 0.0:+,.{charts.places(step)}f}" if value else "0"
+
+
+def _axis_money(value: float, step: float) -> str:
+    return f"{value + 0.0:,.{charts.places(step)}f}"
+
+
+def _axis_percent(value: float, step: float) -> str:
+    return f"{abs(100 * value):.{charts.places(100 * step)}f} %"

@@ -1,10 +1,10 @@
-"""What does a comparison store say about RL v3 and RL v2, as plain numbers?
+"""What does a comparison store say about RL v3 and RL v2, and what follows from it?
 
-`summarise` reads one run of a store and returns a frozen `Report`; `shadow.render` turns it into
-text, JSON and HTML. Nothing here judges: statistics and the verdict are not part of this version,
-and no number claims significance.
+`read_report` reads one test of a store (a registration, or one run without a verdict) and returns a
+frozen `Report`; `shadow.render` turns it into text, JSON and HTML. Its parts are worked out in
+batches, effect, performance, slices, health, fidelity, gates and verdict.
 
-Definitions, all over one run and at bar closes:
+Definitions, at bar closes:
     net       gross - fees - slippage, in account currency, summed over symbols
     equity    reference capital of all symbols + net so far; a symbol without a new bar keeps its
               last value, one without any bar its capital
@@ -29,12 +29,47 @@ from numpy.typing import NDArray
 
 from rlv3.errors import DataError
 from rlv3.events import ACTION_TABLE
-from shadow.bars import Bars, Floats, Ints, Traded, drawdown, equity
-from shadow.health import ORDER, Health, count, examine
+from shadow import effect as effect_
+from shadow import fidelity as fidelity_
+from shadow import health as health_
+from shadow.bars import ORDER, Bars, Scope, Traded, drawdown, equity
+from shadow.batches import GRACE_BARS, Assigned, Batches, Floats, Frame, Ints, Rows, form
+from shadow.behaviour import Behaviour, behave
+from shadow.effect import Effect, Range, one_look
+from shadow.fidelity import Fidelity, Replayed, find_policy, read_replay
+from shadow.gates import Gate, Measured, Result, check, digest, read_gates
+from shadow.health import Health, count
+from shadow.measures import SEED, Counted, measures
+from shadow.performance import (
+    Metric,
+    Sensitivity,
+    SliceRow,
+    metrics,
+    sensitivity,
+    slice_rows,
+)
 from shadow.records import ARMS
+from shadow.registration import (
+    ALPHA,
+    Frozen,
+    Pilot,
+    Registration,
+    find,
+    read_registrations,
+    step_us,
+)
+from shadow.rl_v2 import QTables
+from shadow.sequential import Look, Plan
+from shadow.slices import slices, volatility_groups
 from shadow.store import TABLES, StoreReader
+from shadow.verdict import Finding, Verdict, exploratory, judge, primary_gate
+from shadow.verdict import find as find_effect
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
+MARGIN = 2.0
+STRICT_BOUND = 500.0
+"""Bps a day, where nothing is registered."""
+EXPLORATORY_BARS = 60
 BUCKETS = 300
 """Points of a drawn curve; longer series keep the lowest, highest and last value per bucket."""
 COLLECTED = ("repeated", "rejected", "lost")
@@ -54,17 +89,23 @@ NOT_MODELLED = (
 """What the simulated accounts leave out: name and meaning."""
 
 
-class Verdict(msgspec.Struct, frozen=True):
-    """What the report concludes."""
+class Registered(msgspec.Struct, frozen=True):
+    """The registration that is reported."""
 
-    text: str
-    why: tuple[str, ...]
-
-
-NO_VERDICT = Verdict(
-    "no verdict yet",
-    ("no registration", "statistics are not part of this version"),
-)
+    id: str
+    number: int
+    registered_at: str
+    start_us: int
+    end_us: int
+    symbols: tuple[str, ...]
+    batch_bars: int
+    horizon: int
+    mode: str
+    margin: float
+    """Bps a day."""
+    alpha: float
+    gates_sha256: str
+    pilot: Pilot | None
 
 
 class Opponent(msgspec.Struct, frozen=True):
@@ -79,6 +120,9 @@ class Run(msgspec.Struct, frozen=True):
     """What was frozen for the run that is reported."""
 
     run_id: str
+    """The newest one, where a test covers several."""
+    covered: tuple[str, ...]
+    """All runs of the test, oldest first."""
     policy_digest: str | None
     feature_digest: str | None
     training: dict[str, str]
@@ -107,6 +151,8 @@ class Arm(msgspec.Struct, frozen=True):
     """One arm over all symbols; money in account currency."""
 
     name: str
+    net_per_day: Range
+    """Bps of the capital a day, with the 95 % interval of one look at the batches."""
     net: float
     gross: float
     fees: float
@@ -177,14 +223,6 @@ class PairGroup(msgspec.Struct, frozen=True):
     agreement: Agreement
 
 
-class Unpaired(msgspec.Struct, frozen=True):
-    """Decisions without a counterpart."""
-
-    side: str
-    reason: str
-    decisions: int
-
-
 class ActionMix(msgspec.Struct, frozen=True):
     """What v3 chose, in the order of the action table."""
 
@@ -211,27 +249,16 @@ class V2Source(msgspec.Struct, frozen=True):
     """Decisions without a sizing of their own: multiplier 1."""
 
 
-class Symbol(msgspec.Struct, frozen=True):
-    """One symbol."""
+class Discarded(msgspec.Struct, frozen=True):
+    """Closed batches that do not count, and rows that came late."""
 
-    symbol: str
-    bars: int
-    warm_bars: int
-    net: dict[str, float]
-    """Per arm."""
-    entries: dict[str, int]
-    agreement: Agreement
-
-
-class Regime(msgspec.Struct, frozen=True):
-    """Bars that began in one regime."""
-
-    regime: str
-    bars: int
-    net: dict[str, float]
-    """Per arm."""
-    in_market: dict[str, float]
-    """Per arm: share of these bars that closed with a position."""
+    batches: int
+    profit_bps: float
+    """Sum of their differences, bps of the capital: what the effect does not hold."""
+    late_rows: int
+    """Bars that came after their batch had closed, booked into the next one."""
+    repeated_rows: int
+    """Bars that came twice; the second does not count."""
 
 
 class Outcomes(msgspec.Struct, frozen=True):
@@ -256,25 +283,47 @@ class Provenance(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Everything a reader of the report is shown, and nothing else."""
+    """Everything a reader of the report is shown, and nothing else; in the order of the page."""
 
     verdict: Verdict
+    finding: Finding
     notices: tuple[str, ...]
+    registration: Registered | None
     run: Run
     period: Period
-    arms: tuple[Arm, ...]
+    effect: Effect
+    gates: tuple[Result, ...]
+    health: Health
+    fidelity: Fidelity
+    discarded: Discarded
     curves: Curves
+    arms: tuple[Arm, ...]
+    metrics: tuple[Metric, ...]
+    behaviour: Behaviour
     agreement: Agreement
+    """Of the sides held at warm bar closes."""
     pairs: tuple[PairGroup, ...]
-    unpaired: tuple[Unpaired, ...]
     actions: ActionMix
     v2: tuple[V2Source, ...]
-    symbols: tuple[Symbol, ...]
-    regimes: tuple[Regime, ...]
+    slices: tuple[SliceRow, ...]
+    sensitivity: Sensitivity
     outcomes: Outcomes
-    health: Health
     not_modelled: tuple[tuple[str, str], ...]
     provenance: Provenance
+
+
+class Ask(NamedTuple):
+    """What a reader wants to see. Anything but the registered test gives no verdict."""
+
+    run: str | None = None
+    """One run, whatever is registered; None for the test, or else the newest run."""
+    registration: str | None = None
+    """Id or the beginning of one; None for the newest."""
+    symbols: tuple[str, ...] | None = None
+    since_us: int | None = None
+    until_us: int | None = None
+    gates: Path | None = None
+    """Another table of gates than the registered or the default one."""
 
 
 class Inputs(NamedTuple):
@@ -284,102 +333,387 @@ class Inputs(NamedTuple):
     """Path inside the store and rows, in name order."""
     collected: Mapping[str, Mapping[str, int]] = {}
     """Stream -> what the collector counted."""
+    registrations: tuple[Registration, ...] = ()
+    replay: Replayed | None = None
+    directory: Path | None = None
+    """Where artifacts are looked for."""
 
 
-def read_report(directory: str | Path, run_id: str | None = None) -> Report:
+def read_report(directory: str | Path, ask: Ask | None = None) -> Report:
     """Summarise a store on disk.
 
-    Args:
-        run_id: the run to report; None for the newest.
     Raises:
-        DataError: no store, nothing in it, a damaged segment, or no such run.
+        DataError: no store, nothing in it, a damaged segment or registration, or no such run.
+        ConfigError: a table of gates that is none.
     """
     reader = StoreReader(directory)
     try:
         with reader.connect() as connection:
-            return summarise(connection, _inputs(reader, connection), run_id)
+            return summarise(connection, _inputs(reader, connection), ask)
     except duckdb.Error as error:
         first_line = str(error).partition("\n")[0]
         raise DataError(f"expected readable segments in {directory}, found {first_line}") from error
 
 
 def summarise(
-    connection: duckdb.DuckDBPyConnection, inputs: Inputs | None = None, run_id: str | None = None
+    connection: duckdb.DuckDBPyConnection, inputs: Inputs | None = None, ask: Ask | None = None
 ) -> Report:
-    """Summarise one run of a store.
+    """Summarise one test or run of a store.
 
     Args:
         connection: has the views of `StoreReader.connect`; left as it is.
-        inputs: names and counters for the provenance.
-        run_id: the run to report; None for the newest.
+        inputs: what is not in the tables.
     Raises:
         DataError: no row of ours, or no such run.
     """
-    inputs = Inputs() if inputs is None else inputs
     with connection.cursor() as db:
-        return _summarise(db, inputs, run_id)
+        return _summarise(db, inputs or Inputs(), ask or Ask())
 
 
-def _summarise(db: duckdb.DuckDBPyConnection, inputs: Inputs, run_id: str | None) -> Report:
-    rows = _table_rows(db)
-    run = _run(db, run_id)
-    bars = Bars.load(db, run.run_id)
+class _Test(NamedTuple):
+    """What is asked, and under which rules."""
+
+    scope: Scope
+    registration: Registration | None
+    reason: str
+    """Why there is no verdict; empty where there is one."""
+    gates: tuple[Gate, ...]
+    margin: float
+    shift: float
+    strict_bound: float
+    plan: Plan
+
+
+def _summarise(db: duckdb.DuckDBPyConnection, inputs: Inputs, ask: Ask) -> Report:
+    overview = _overview(db)
+    test, notices = _choose(db, overview.runs, inputs, ask)
+    test.scope.install(db)
+    bars = Bars.load(db)
     traded = {name: Traded.load(db, bars, name) for name in ARMS}
-    agreement = _agreement_of(traded["v3"].side, traded["v2"].side, bars.warm)
-    v2 = _v2_sources(db, run.run_id)
-    health = examine(db, bars, traded, _step_us(run), inputs.collected)
-    return Report(
-        verdict=NO_VERDICT,
-        notices=_notices(run, bars, v2, health),
-        run=run,
-        period=_period(bars, run),
-        arms=tuple(_arm(bars, name, traded[name]) for name in ARMS),
-        curves=_curves(bars, traded, run),
-        agreement=agreement,
-        pairs=_pairs(db, run.run_id),
-        unpaired=_unpaired(db, run.run_id),
-        actions=_actions(db, run.run_id),
-        v2=v2,
-        symbols=_symbols(bars, traded),
-        regimes=_regimes(bars, traded),
-        outcomes=_outcomes(db, run.run_id),
-        health=health,
-        not_modelled=NOT_MODELLED,
-        provenance=_provenance(db, rows, inputs),
+    run = _run(db, overview.runs, test.scope)
+    frame = _frame(test, bars, run)
+    batches, assigned = _form(frame, bars, traded)
+    volatility = volatility_groups(bars)
+    effect, look = effect_.measure(
+        batches, test.plan, margin=test.margin, strict_bound=test.strict_bound
     )
+    health = health_.examine(db, bars, traded, volatility, frame.step_us, inputs.collected)
+    fidelity = fidelity_.examine(
+        db,
+        step_us=frame.step_us,
+        slippage_bps=_slippage_bps(traded["v2"]),
+        policy=find_policy(inputs.directory, run.policy_digest),
+        replay=inputs.replay,
+    )
+    measured = measures(
+        batches,
+        look,
+        test.plan,
+        _counted(run, bars, traded),
+        reward=run.training.get("reward"),
+        reference_digest=QTables.load().digest,
+    ) | _store_measures(health, fidelity, batches)
+    finding, verdict, gates = _conclude(test, batches, look, effect, measured)
+    difference = traded["v3"].net - traded["v2"].net
+    v2 = _v2_sources(db)
+    return Report(
+        verdict=verdict,
+        finding=finding,
+        notices=(*notices, *_notices(run, bars, v2, health)),
+        registration=None if test.registration is None else _registered(test.registration),
+        run=run,
+        period=_period(bars, frame.step_us),
+        effect=effect,
+        gates=gates,
+        health=health,
+        fidelity=fidelity,
+        discarded=Discarded(
+            batches.discarded,
+            batches.discarded_profit * 1e4,
+            batches.late_rows,
+            batches.repeated_rows,
+        ),
+        curves=_curves(bars, traded, frame.step_us),
+        arms=tuple(_arm(bars, name, traded[name], batches) for name in ARMS),
+        metrics=metrics(batches),
+        behaviour=behave(
+            db, bars, traded, step_us=frame.step_us, batch_us=frame.batch_us, seed=SEED
+        ),
+        agreement=_agreement_of(traded["v3"].side, traded["v2"].side, bars.warm),
+        pairs=_pairs(db),
+        actions=_actions(db),
+        v2=v2,
+        slices=slice_rows(
+            slices(bars, difference, volatility, batches, assigned), batches, test.plan
+        ),
+        sensitivity=sensitivity(batches, test.plan),
+        outcomes=_outcomes(db),
+        not_modelled=NOT_MODELLED,
+        provenance=_provenance(db, overview, inputs),
+    )
+
+
+# -- which test ------------------------------------------------------------------------------------
+
+
+def _choose(
+    db: duckdb.DuckDBPyConnection, known: Sequence[str], inputs: Inputs, ask: Ask
+) -> tuple[_Test, list[str]]:
+    """Find out what is reported, whether it may carry a verdict, and what must be said about it."""
+    registration = find(inputs.registrations, ask.registration)
+    narrowed = [
+        name
+        for name, value in (
+            ("--run", ask.run), ("--symbols", ask.symbols), ("--since", ask.since_us),
+            ("--until", ask.until_us),
+        )
+        if value is not None
+    ]  # fmt: skip
+    notices: list[str] = []
+    reason = ""
+    runs: tuple[str, ...] = ()
+    if registration is None:
+        reason = "nothing is registered (`rlv3-shadow register`)"
+    elif narrowed:
+        reason = f"{' and '.join(narrowed)} narrowed the report"
+    else:
+        runs, others = _covered(db, registration)
+        if not runs:
+            reason = f"no run in the store is the one that registration {registration.id} froze"
+            notices += others
+    gates = read_gates(ask.gates) if registration is None or ask.gates else registration.gates
+    if registration is not None and not reason and digest(gates) != digest(registration.gates):
+        reason = f"the table of gates is not the one that registration {registration.id} froze"
+    if reason or registration is None:
+        run_id = known[-1] if ask.run is None else ask.run
+        if run_id not in known:
+            raise DataError(f"expected one of the runs {', '.join(known)}, found {run_id}")
+        scope = Scope(runs or (run_id,), ask.symbols, ask.since_us, ask.until_us)
+        return _Test(
+            scope, None, reason, gates, MARGIN, 0.0, STRICT_BOUND, Plan(alpha=ALPHA)
+        ), notices
+    frame = registration.frame
+    scope = Scope(
+        runs,
+        registration.symbols,
+        frame.first * frame.batch_us,
+        frame.end * frame.batch_us + (GRACE_BARS + 1) * frame.step_us,
+    )
+    return _Test(
+        scope, registration, "", gates, registration.margin, registration.shift,
+        registration.strict_bound, registration.plan,
+    ), notices  # fmt: skip
+
+
+def _covered(
+    db: duckdb.DuckDBPyConnection, registration: Registration
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return the runs that a registration covers, oldest first, and why the newest is none."""
+    rows = db.execute(
+        f"""
+        SELECT run_id, policy_digest, feature_digest, rl_v2, tables_digest, settings
+        FROM runs ORDER BY {ORDER}
+        """
+    ).fetchall()
+    frozen = {
+        run_id: Frozen(policy, features, rl_v2, tables, dict(sorted(settings.items())))
+        for run_id, policy, features, rl_v2, tables, settings in rows
+    }
+    runs = tuple(run_id for run_id, found in frozen.items() if found == registration.frozen)
+    if runs or not frozen:
+        return runs, []
+    newest, found = list(frozen.items())[-1]
+    names = [
+        name
+        for name in Frozen.__struct_fields__
+        if getattr(found, name) != getattr(registration.frozen, name)
+    ]
+    return (), [f"Run {newest} differs from the registered one in {', '.join(names)}."]
+
+
+def _registered(found: Registration) -> Registered:
+    frame = found.frame
+    return Registered(
+        id=found.id,
+        number=found.number,
+        registered_at=found.registered_at,
+        start_us=frame.first * frame.batch_us,
+        end_us=frame.end * frame.batch_us,
+        symbols=frame.symbols,
+        batch_bars=found.batch_bars,
+        horizon=found.horizon,
+        mode=found.mode,
+        margin=found.margin,
+        alpha=found.alpha,
+        gates_sha256=digest(found.gates),
+        pilot=found.pilot,
+    )
+
+
+def _frame(test: _Test, bars: Bars, run: Run) -> Frame:
+    """Return the registered frame, or one that holds all bars of an exploratory report."""
+    if test.registration is not None:
+        return test.registration.frame
+    bar_us = step_us(run.settings)
+    empty = not len(bars.grid)
+    return Frame.of(
+        bars.symbols,
+        capital=bars.total_capital or 1.0,
+        step_us=bar_us,
+        batch_bars=EXPLORATORY_BARS,
+        start_us=0 if empty else int(bars.grid[0]) - bar_us,
+        end_us=0 if empty else int(bars.grid[-1]) + bar_us * EXPLORATORY_BARS,
+    )
+
+
+def _form(frame: Frame, bars: Bars, traded: Mapping[str, Traded]) -> tuple[Batches, Assigned]:
+    place = np.array([frame.symbols.index(name) for name in bars.symbols], np.int64)
+    return form(
+        frame,
+        Rows(
+            ts_us=bars.ts_us,
+            symbol=place[bars.symbol] if len(place) else bars.symbol,
+            arrived=bars.arrived,
+            paid={name: arm.paid for name, arm in traded.items()},
+        ),
+    )
+
+
+# -- what follows ----------------------------------------------------------------------------------
+
+
+def _counted(run: Run, bars: Bars, traded: Mapping[str, Traded]) -> Counted:
+    regimes = np.bincount(bars.regime, minlength=len(bars.regimes)).tolist()
+    return Counted(
+        opponents={(found.name, found.digest): found.bars for found in run.opponents},
+        regimes=dict(zip(bars.regimes, regimes, strict=True)),
+        ruined=tuple(np.asarray(bars.symbols)[traded["v3"].ruined].tolist()),
+    )
+
+
+def _store_measures(health: Health, fidelity: Fidelity, batches: Batches) -> dict[str, Measured]:
+    """Return the measures that only a whole store can tell."""
+    failed = [item.name for item in health.checks if item.decides and not item.ok]
+    read, lost = health.read, health.lost
+    matched = next(stage for stage in health.funnel if stage.name == "matched")
+    found = {
+        "failed_checks": Measured(float(len(failed)), text=", ".join(failed) or "none failed"),
+        "matched_share": _share(matched.n, matched.of),
+        "asymmetry_p": Measured(health.asymmetry_p),
+        "lost_share": Measured(None) if lost is None else _share(lost, read + lost),
+        "late_share": _share(health.entries("late"), read),
+        "duplicate_share": _share(health.entries("duplicate"), read),
+        "unreadable_share": _share(health.entries("dead_letter"), read),
+        "gap_share": _share(health.gap_bars, health.bars),
+        "cold_share": _share(health.cold_bars, health.bars),
+        "poor_share": _share(health.poor_bars, health.bars),
+    }
+    if fidelity.replay is not None:
+        found["replay_differences"] = Measured(float(fidelity.replay.differences))
+    bias = fidelity.bias.bps
+    if bias.value is not None and bias.low is not None and bias.high is not None:
+        size = abs(bias.value)
+        least = max(bias.low, -bias.high, 0.0)
+        text = f"{bias.value:+.2f} [{bias.low:+.2f}, {bias.high:+.2f}]"
+        found["simulator_bias"] = Measured(size, least, max(-bias.low, bias.high), text)
+        charge = size * float(batches.series("v3_turnover").sum())
+        if len(batches.window):
+            left = float(batches.series("difference").sum()) * 1e4 - charge
+            found["charged_bias"] = Measured(left * batches.frame.per_day / len(batches.window))
+    if fidelity.drift:
+        worst = fidelity.drift[0]
+        found["feature_drift"] = Measured(
+            worst.psi.value, worst.psi.low, worst.psi.high, f"{worst.psi.value:.3f} {worst.feature}"
+        )
+    return found
+
+
+def _share(n: int, of: int) -> Measured:
+    return Measured(n / of, text=f"{n / of:.2%} ({n:,} of {of:,})") if of else Measured(None)
+
+
+def _conclude(
+    test: _Test,
+    batches: Batches,
+    look: Look | None,
+    effect: Effect,
+    measured: Mapping[str, Measured],
+) -> tuple[Finding, Verdict, tuple[Result, ...]]:
+    finding = find_effect(look, margin=test.margin, shift=test.shift)
+    primary = primary_gate(look, finding, shift=test.shift)
+    gates = check(test.gates, measured, margin=test.shift)
+    if test.reason:
+        return finding, exploratory(test.reason), (primary, *gates)
+    frame = batches.frame
+    ended = int(frame.open_at(np.asarray(batches.watermark_us))) >= frame.end
+    verdict = judge(finding, primary, gates, ended=ended, eta=_eta(effect))
+    return finding, verdict, (primary, *gates)
+
+
+def _eta(effect: Effect) -> str:
+    days = effect.days_to_decide
+    return "" if days is None else f"; about {days:.0f} more days if the estimate is the truth"
+
+
+def _slippage_bps(v2: Traded) -> float:
+    traded = float(v2.paid.turnover.sum())
+    return 1e4 * float(v2.slippage.sum()) / traded if traded else 0.0
 
 
 # -- the parts of a report -------------------------------------------------------------------------
 
 
-def _table_rows(db: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    rows = {name: count(db, f"SELECT count(*) FROM {name}") for name in TABLES}
+class _Overview(NamedTuple):
+    """What all tables hold, in one pass over each."""
+
+    rows: dict[str, int]
+    versions: dict[str, tuple[int, ...]]
+    """Schema versions of the tables that have rows."""
+    runs: tuple[str, ...]
+    """Oldest first."""
+
+
+def _overview(db: duckdb.DuckDBPyConnection) -> _Overview:
+    rows: dict[str, int] = {}
+    versions: dict[str, tuple[int, ...]] = {}
+    known: set[str] = set()
+    for name in TABLES:
+        found = db.execute(
+            f"SELECT run_id, schema_version, count(*) FROM {name} GROUP BY 1, 2"
+        ).fetchall()
+        rows[name] = sum(n for _, _, n in found)
+        if found:
+            versions[name] = tuple(sorted({version for _, version, _ in found}))
+        if name in _BEGINNINGS:
+            known |= {run_id for run_id, _, _ in found}
     if not any(rows.values()):
         raise DataError(
             "expected a store with decisions or comparisons of `rlv3-worker collect`, "
             "found no row of either"
         )
-    return rows
+    return _Overview(rows, versions, tuple(_by_age(db, known)))
 
 
-def _run_ids(db: duckdb.DuckDBPyConnection) -> list[str]:
-    """Return the runs of a store, oldest first."""
-    tables = ("runs", "bars", "ledger", "v2_decisions")
-    rows = " UNION ALL ".join(f"SELECT run_id, {ORDER} AS id FROM {name}" for name in tables)
-    found = db.execute(f"SELECT run_id FROM ({rows}) GROUP BY 1 ORDER BY min(id), 1").fetchall()
-    if not found:  # decisions only
-        found = db.execute(
-            "SELECT run_id FROM decisions GROUP BY 1 ORDER BY min(event_ts_us), 1"
-        ).fetchall()
-    return [run_id for (run_id,) in found]
+_BEGINNINGS = ("runs", "bars", "ledger", "v2_decisions")
 
 
-def _run(db: duckdb.DuckDBPyConnection, run_id: str | None) -> Run:
-    known = _run_ids(db)
-    if run_id is None:
-        run_id = known[-1]
-    elif run_id not in known:
-        raise DataError(f"expected one of the runs {', '.join(known)}, found {run_id}")
+def _by_age(db: duckdb.DuckDBPyConnection, known: set[str]) -> list[str]:
+    """Order runs by their first row; its own row is the first of a run, where it is there."""
+    begins: dict[str, int] = {}
+    for name in _BEGINNINGS:
+        if missing := sorted(known - set(begins)):
+            begins |= db.execute(
+                f"SELECT run_id, min({ORDER}) FROM {name} "
+                "WHERE run_id IN (SELECT unnest(?)) GROUP BY 1",
+                [missing],
+            ).fetchall()
+    if not begins:  # decisions only
+        begins |= db.execute("SELECT run_id, min(event_ts_us) FROM decisions GROUP BY 1").fetchall()
+    return sorted(begins, key=lambda run_id: (begins[run_id], run_id))
+
+
+def _run(db: duckdb.DuckDBPyConnection, known: Sequence[str], scope: Scope) -> Run:
+    run_id = scope.runs[-1]
     frozen = db.execute(
         """
         SELECT policy_digest, feature_digest, training, rl_v2, tables_digest, settings
@@ -392,13 +726,13 @@ def _run(db: duckdb.DuckDBPyConnection, run_id: str | None) -> Run:
     )
     opponents = db.execute(
         """
-        SELECT opponent, opponent_digest, count(*) FROM bars WHERE run_id = ?
+        SELECT opponent, opponent_digest, count(*) FROM report_bars
         GROUP BY ALL ORDER BY 3 DESC, 1, 2
-        """,
-        [run_id],
+        """
     ).fetchall()
     return Run(
         run_id=run_id,
+        covered=scope.runs,
         policy_digest=policy,
         feature_digest=features,
         training=dict(training),
@@ -406,7 +740,7 @@ def _run(db: duckdb.DuckDBPyConnection, run_id: str | None) -> Run:
         tables_digest=tables,
         settings=dict(settings),
         opponents=tuple(Opponent(*row) for row in opponents),
-        other_runs=tuple(other for other in known if other != run_id),
+        other_runs=tuple(other for other in known if other not in scope.runs),
     )
 
 
@@ -422,10 +756,10 @@ def _policy_of(db: duckdb.DuckDBPyConnection, run_id: str) -> str | None:
     return next((digest for (digest,) in found if digest is not None), None)
 
 
-def _period(bars: Bars, run: Run) -> Period:
+def _period(bars: Bars, bar_us: int) -> Period:
     empty = len(bars.grid) == 0
     return Period(
-        start_us=None if empty else _start_us(bars, run),
+        start_us=None if empty else int(bars.grid[0]) - bar_us,
         end_us=None if empty else int(bars.grid[-1]),
         symbols=bars.symbols,
         bars=len(bars.ts_us),
@@ -433,35 +767,35 @@ def _period(bars: Bars, run: Run) -> Period:
     )
 
 
-def _start_us(bars: Bars, run: Run) -> int:
-    return int(bars.grid[0]) - _step_us(run)
-
-
-def _step_us(run: Run) -> int:
-    return int(run.settings.get("step_seconds", 60.0) * 1e6)
-
-
-def _arm(bars: Bars, name: str, traded: Traded) -> Arm:
+def _arm(bars: Bars, name: str, traded: Traded, batches: Batches) -> Arm:
     net = float(traded.net.sum())
+    v3 = batches.series("v3")
+    values = {
+        "v3": v3,
+        "v2": batches.series("v2"),
+        "follow_signal": v3 - batches.series("beats_signal"),
+        "flat": v3 - batches.series("beats_flat"),
+    }[name]
     return Arm(
         name=name,
+        net_per_day=one_look(values * batches.bps_per_day, ALPHA),
         net=net,
         gross=float(traded.gross.sum()),
         fees=float(traded.fee.sum()),
         slippage=float(traded.slippage.sum()),
-        turnover=float(traded.turnover.sum()),
+        turnover=float(traded.paid.turnover.sum()),
         max_drawdown=float(drawdown(equity(bars, traded.net)).max()),
         entries=int(traded.entered.sum()),
         time_in_market=float((traded.side != 0).mean()) if len(traded.side) else None,
-        net_late=float(traded.net_late.sum()),
-        max_drawdown_late=float(drawdown(equity(bars, traded.net_late)).max()),
+        net_late=float(traded.paid.net_late.sum()),
+        max_drawdown_late=float(drawdown(equity(bars, traded.paid.net_late)).max()),
         final_equity=bars.total_capital + net,
         ruined=tuple(np.asarray(bars.symbols)[traded.ruined].tolist()),
     )
 
 
-def _curves(bars: Bars, traded: Mapping[str, Traded], run: Run) -> Curves:
-    times = np.concatenate([[_start_us(bars, run)], bars.grid]) if len(bars.grid) else bars.grid
+def _curves(bars: Bars, traded: Mapping[str, Traded], bar_us: int) -> Curves:
+    times = np.concatenate([bars.grid[:1] - bar_us, bars.grid])
     starts = _buckets(len(times))
     values = {name: equity(bars, arm.net)[: len(times)] for name, arm in traded.items()}
     difference = equity(bars, traded["v3"].net - traded["v2"].net) - bars.total_capital
@@ -522,7 +856,7 @@ def _agreement_of(v3: Ints, v2: Ints, use: NDArray[np.bool_]) -> Agreement:
     return agreement(np.bincount(cells, minlength=9).reshape(3, 3).tolist())
 
 
-def _pairs(db: duckdb.DuckDBPyConnection, run_id: str) -> tuple[PairGroup, ...]:
+def _pairs(db: duckdb.DuckDBPyConnection) -> tuple[PairGroup, ...]:
     cells = ", ".join(
         f"count(*) FILTER (usable AND v3 = {v3} AND v2 = {v2})"
         for v3 in (-1, 0, 1)
@@ -536,10 +870,9 @@ def _pairs(db: duckdb.DuckDBPyConnection, run_id: str) -> tuple[PairGroup, ...]:
         FROM (
             SELECT *, sign(v3_target) AS v3, sign(v2_exposure) AS v2,
                    warm AND v2_exposure IS NOT NULL AS usable
-            FROM pairs WHERE run_id = ?
+            FROM scoped_pairs
         ) GROUP BY opponent, rule ORDER BY opponent, rule
-        """,
-        [run_id],
+        """
     ).fetchall()
     return tuple(_pair_group(*row[:8], cells=row[8:]) for row in rows)
 
@@ -568,24 +901,12 @@ def _pair_group(
     )
 
 
-def _unpaired(db: duckdb.DuckDBPyConnection, run_id: str) -> tuple[Unpaired, ...]:
+def _actions(db: duckdb.DuckDBPyConnection) -> ActionMix:
     rows = db.execute(
         """
-        SELECT side, reason, count(*) FROM unpaired WHERE run_id = ?
-        GROUP BY side, reason ORDER BY side, 3 DESC, reason
-        """,
-        [run_id],
-    ).fetchall()
-    return tuple(Unpaired(*row) for row in rows)
-
-
-def _actions(db: duckdb.DuckDBPyConnection, run_id: str) -> ActionMix:
-    rows = db.execute(
-        """
-        SELECT kind, action, count(*), count(*) FILTER (NOT warm) FROM decisions WHERE run_id = ?
+        SELECT kind, action, count(*), count(*) FILTER (NOT warm) FROM scoped_decisions
         GROUP BY kind, action
-        """,
-        [run_id],
+        """
     ).fetchall()
     counts = {(kind, action): n for kind, action, n, _ in rows}
     cold = {kind: sum(row[3] for row in rows if row[0] == kind) for kind in ("step", "advisory")}
@@ -599,62 +920,25 @@ def _actions(db: duckdb.DuckDBPyConnection, run_id: str) -> ActionMix:
     )
 
 
-def _v2_sources(db: duckdb.DuckDBPyConnection, run_id: str) -> tuple[V2Source, ...]:
+def _v2_sources(db: duckdb.DuckDBPyConnection) -> tuple[V2Source, ...]:
     rows = db.execute(
         """
         SELECT opponent, count(*), count(*) FILTER (direction > 0),
                count(*) FILTER (direction = 0), count(*) FILTER (direction < 0),
                count(*) FILTER (direction IS NULL), count(*) FILTER (moves_arm),
                count(*) FILTER (multiplier_assumed)
-        FROM v2_decisions WHERE run_id = ? GROUP BY opponent ORDER BY opponent
-        """,
-        [run_id],
+        FROM scoped_v2_decisions GROUP BY opponent ORDER BY opponent
+        """
     ).fetchall()
     return tuple(V2Source(*row) for row in rows)
 
 
-def _symbols(bars: Bars, traded: Mapping[str, Traded]) -> tuple[Symbol, ...]:
-    ones = np.ones(len(bars.ts_us))
-    n, warm = bars.per_symbol(ones), bars.per_symbol(bars.warm)
-    net = {name: bars.per_symbol(arm.net) for name, arm in traded.items()}
-    entries = {name: bars.per_symbol(arm.entered) for name, arm in traded.items()}
-    cells = bars.symbol * 9 + (traded["v3"].side + 1) * 3 + traded["v2"].side + 1
-    tables = np.bincount(cells[bars.warm], minlength=9 * len(bars.symbols)).reshape(-1, 3, 3)
-    return tuple(
-        Symbol(
-            symbol=symbol,
-            bars=int(n[i]),
-            warm_bars=int(warm[i]),
-            net={name: float(values[i]) for name, values in net.items()},
-            entries={name: int(values[i]) for name, values in entries.items()},
-            agreement=agreement(tables[i].tolist()),
-        )
-        for i, symbol in enumerate(bars.symbols)
-    )
-
-
-def _regimes(bars: Bars, traded: Mapping[str, Traded]) -> tuple[Regime, ...]:
-    n = bars.per_regime(np.ones(len(bars.ts_us)))
-    net = {name: bars.per_regime(arm.net) for name, arm in traded.items()}
-    held = {name: bars.per_regime(arm.side != 0) for name, arm in traded.items()}
-    return tuple(
-        Regime(
-            regime=regime,
-            bars=int(n[i]),
-            net={name: float(values[i]) for name, values in net.items()},
-            in_market={name: float(values[i] / n[i]) for name, values in held.items()},
-        )
-        for i, regime in enumerate(bars.regimes)
-    )
-
-
-def _outcomes(db: duckdb.DuckDBPyConnection, run_id: str) -> Outcomes:
+def _outcomes(db: duckdb.DuckDBPyConnection) -> Outcomes:
     closes, known = db.execute(
         """
         SELECT count(*), count(*) FILTER (pnl_usd IS NOT NULL OR pnl_pct IS NOT NULL)
-        FROM outcomes WHERE run_id = ?
-        """,
-        [run_id],
+        FROM scoped_outcomes
+        """
     ).fetchall()[0]
     return Outcomes(closes, known)
 
@@ -692,30 +976,21 @@ def _find_notices(run: Run, bars: Bars, v2: Sequence[V2Source], health: Health) 
             f"The store holds {len(run.other_runs)} other run(s), which are not in this report: "
             f"{', '.join(run.other_runs)}."
         )
-    for check in health.checks:
-        if not check.ok:
-            yield f"Data check failed: {check.name}: {check.found}."
+    for item in health.checks:
+        if not item.ok:
+            yield f"Data check failed: {item.name}: {item.found}."
 
 
 # -- provenance ------------------------------------------------------------------------------------
 
 
-def _provenance(db: duckdb.DuckDBPyConnection, rows: dict[str, int], inputs: Inputs) -> Provenance:
-    versions = {
-        name: tuple(
-            version
-            for (version,) in db.execute(
-                f"SELECT DISTINCT schema_version FROM {name} ORDER BY 1"
-            ).fetchall()
-        )
-        for name, n in rows.items()
-        if n
-    }
+def _provenance(db: duckdb.DuckDBPyConnection, overview: _Overview, inputs: Inputs) -> Provenance:
     lines = "".join(f"{name} {n}\n" for name, n in inputs.segments)
+    lines += "".join(f"registration {item.id}\n" for item in inputs.registrations)
     return Provenance(
         report_version=REPORT_VERSION,
-        schema_versions=versions,
-        rows=rows,
+        schema_versions=overview.versions,
+        rows=overview.rows,
         rejected=count(db, "SELECT count(*) FROM rejected"),
         input_sha256=hashlib.sha256(lines.encode()).hexdigest(),
         segments=len(inputs.segments),
@@ -737,4 +1012,10 @@ def _inputs(reader: StoreReader, connection: duckdb.DuckDBPyConnection) -> Input
         | {what: group.counts[what] for what in COLLECTED if what in group.counts}
         for name, group in reader.position.groups.items()
     }
-    return Inputs(tuple(segments), collected)
+    return Inputs(
+        tuple(segments),
+        collected,
+        read_registrations(reader.directory),
+        read_replay(reader.directory),
+        reader.directory,
+    )

@@ -323,7 +323,7 @@ class SegmentWriter:
                     f"COPY ({query}) TO {_quote(temporary)} "
                     f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROW_GROUP})"
                 )
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
         except duckdb.IOException as error:
             raise OSError(str(error)) from error
@@ -331,7 +331,7 @@ class SegmentWriter:
             raise DataError(f"cannot write {path}: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(path.parent)
+        sync(path.parent)
 
     def _commit(self) -> None:
         """Write the position, the step that makes the new segments part of the store."""
@@ -414,7 +414,7 @@ def write_durably(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _lock(directory: Path) -> int:
@@ -439,10 +439,10 @@ def _make_directory(directory: Path, root: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     while directory != root:
         directory = directory.parent
-        _sync(directory)
+        sync(directory)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -12,6 +12,7 @@ import hashlib
 import types
 import typing
 from base64 import b64encode
+from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
@@ -146,6 +147,7 @@ class StoreWriter:
     Attributes:
         policies: digests of the policies whose records were appended; the caller takes out those
             whose artifact it has copied.
+        observer: is told every record that goes to a table, in the order of its stream.
 
     Raises:
         DataError: another process writes here, or the directory is no store.
@@ -154,6 +156,7 @@ class StoreWriter:
     def __init__(self, directory: str | Path) -> None:
         self.segments = SegmentWriter(directory, [*TABLES.values(), *REJECTED.values()])
         self.policies: set[str] = set()
+        self.observer: Callable[[Decision | Comparison], None] | None = None
         self._remembered = {
             name: dict.fromkeys(self._newest_ids(table)) for name, table in TABLES.items()
         }
@@ -199,6 +202,8 @@ class StoreWriter:
             return "repeated"
         self.policies.add(_policy(record))
         self.segments.add(table, parsed, line)
+        if self.observer is not None:
+            self.observer(record)
         return table
 
     def counts(self, stream: str) -> dict[str, int]:

@@ -123,6 +123,10 @@ def test_path_of_a_tick_imports_no_scipy(entry: str) -> None:
     assert chain_to(entry, {"scipy"}) is None
 
 
+def test_worker_does_not_load_scipy() -> None:
+    assert chain_to("worker.service", {"scipy"}) is None
+
+
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
@@ -131,7 +135,8 @@ def test_path_of_a_tick_imports_no_scipy(entry: str) -> None:
         ("rlv3.policy", {"torch", "gymnasium", "redis"}),
         ("shadow.cli", {"torch", "gymnasium", "redis"}),
         ("worker.cli", {"torch", "gymnasium"}),
-        ("worker.service", {"torch", "gymnasium"}),
+        ("worker.service", {"torch", "gymnasium", "scipy"}),
+        ("worker.collector", {"torch", "gymnasium", "scipy"}),
     ],
 )
 def test_import_loads_nothing_it_does_not_need(module: str, unwanted: set[str]) -> None:

@@ -138,11 +138,17 @@ def audit(
     rl_v2_tables: Annotated[
         Path | None, typer.Option(help="RL v2's Q-tables, where they were not the shipped ones.")
     ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Store whose reports shall show the result.")
+    ] = None,
 ) -> None:
     """Fold a recording again and compare every decision; exit 4 when one differs."""
     from worker import audit as audit_
 
-    audit_.show(audit_.audit(recording, rl_v2_tables))
+    found = audit_.audit(recording, rl_v2_tables)
+    if store is not None:
+        audit_.leave(found, store)
+    audit_.show(found)
 
 
 @app.command()

@@ -4,6 +4,7 @@
 
 The worker trims its streams up to the published position and no further, so what is read again
 after a crash is still there. A full disk or an absent Redis only stops the position from moving.
+After a flush the verdict's statistics are brought up to date.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from redis.asyncio import Redis
 from rlv3.errors import DataError, UserError
 from shadow.segments import START, parse_id
 from shadow.store import StoreWriter
+from shadow.streaming import Keeper
 from worker.keys import Keys
 from worker.tail import (
     AWAY,
@@ -61,6 +63,10 @@ class Collector:
         self._redis = Backoff("REDIS")
         self._disk = Backoff("STORE")
         self._absent: set[str] = set()
+        self._keeper = Keeper(store.directory)
+        self._verdict: bytes | None = None  # not published yet
+        self._complaint = ""
+        store.observer = self._keeper.observe
 
     async def run(self, stop: asyncio.Event) -> None:
         """Collect until asked to stop, then take what is there and return.
@@ -70,6 +76,7 @@ class Collector:
         """
         tidying = asyncio.create_task(self._tidy())
         try:
+            await self._keep_statistics()
             await self._publish()
             while not stop.is_set():
                 if not self._disk.failures:
@@ -141,7 +148,25 @@ class Collector:
             return
         self._disk.succeeded()
         self._changed_at = None
+        await self._keep_statistics()
         await self._publish()
+
+    async def _keep_statistics(self) -> None:
+        """Bring the verdict's statistics up to date with what is durable; it may wait a while."""
+        try:
+            content = await asyncio.to_thread(self._refresh_statistics)
+        except (OSError, DataError) as error:
+            if str(error) != self._complaint:
+                log.warning("STATISTICS_NOT_KEPT", error=str(error))
+            self._complaint = str(error)
+            return
+        self._complaint = ""
+        self._verdict = content or self._verdict
+
+    def _refresh_statistics(self) -> bytes | None:
+        if self.store.position:
+            self._keeper.refresh()
+        return self._keeper.save()
 
     async def _publish(self) -> None:
         """Tell the worker how far it may trim; what fails is made good by the next time."""
@@ -151,6 +176,9 @@ class Collector:
                 await self.link.hset(self.keys.collected, mapping=dict(position.items()))
                 self._published = position
             await self._copy_artifacts()
+            if self._verdict is not None:
+                await self.link.set(self.keys.verdict, self._verdict)
+                self._verdict = None
         except AWAY as error:
             log.warning("POSITION_NOT_PUBLISHED", error=str(error))
 
@@ -188,6 +216,7 @@ class Collector:
             await asyncio.to_thread(self.store.flush)
         except OSError as error:
             raise self._unwritable(error) from error
+        await self._keep_statistics()
         await self._publish()
         log.info("COLLECTOR_STOPPED", **self.store.position)
 

@@ -35,7 +35,9 @@ from rlv3.features import STEP_SECONDS
 from rlv3.market import Bars, read_bars, simulate
 from rlv3.policy import Policy, shipped_policy
 from shadow.backtest import check_steps
+from shadow.demo_store import SYMBOLS, WORLD
 from shadow.history import STREAMS, entries
+from shadow.recording import SNAPSHOT
 from shadow.records import (
     ARMS,
     BarRow,
@@ -48,18 +50,8 @@ from shadow.records import (
 from worker.embedded import RedisServer, leashed
 from worker.errors import CheckFailed
 from worker.keys import Keys
-from worker.recorder import SNAPSHOT
 from worker.tail import AWAY, connected, read
 
-WORLD = "regime_switching"
-SYMBOLS = {
-    "BTCUSDT": 95_000.0,
-    "ETHUSDT": 3_300.0,
-    "SOLUSDT": 180.0,
-    "XRPUSDT": 2.2,
-    "ADAUSDT": 0.9,
-}
-"""What is simulated, and the price it starts at."""
 BARS = 240
 MIN_BARS = 120
 TICKS_PER_BAR = 8
@@ -416,7 +408,9 @@ async def demo(seconds: float, data: Sequence[Bars], redis_url: str | None, out:
                     if redis_url is not None:
                         await remove_keys(redis, keys)
         _say("audit: every decision computed again from the recording")
-        await crew.finish("worker", "audit", "--recording", out / "recording")
+        await crew.finish(
+            "worker", "audit", "--recording", out / "recording", "--store", out / "store"
+        )
         await crew.finish(
             "shadow", "report", "--store", out / "store", "--out", out, expected=REPORTED
         )

@@ -79,6 +79,11 @@ class Keys(NamedTuple):
         return self.own + "collected"
 
     @property
+    def verdict(self) -> str:
+        """JSON of the collector's newest statistics; see `shadow.streaming.State`."""
+        return self.own + "verdict"
+
+    @property
     def heartbeat(self) -> str:
         """Liveness key of production's convention."""
         return f"{self.prefix}:svc:rl_v3_shadow:heartbeat"

@@ -13,24 +13,31 @@ import time
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import msgspec
 import structlog
 from redis.asyncio import Redis
 
 from rlv3.errors import DataError, UserError
-from shadow.pipeline import Settings
+from shadow.recording import (
+    CUT,
+    OUTPUTS,
+    SNAPSHOT,
+    Cut,
+    Snapshot,
+    cursors_of,
+    load_snapshot,
+    raw_table,
+)
 from shadow.records import RunRow
 from shadow.segments import (
     START,
     SegmentWriter,
-    Table,
     make_directory,
     parse_id,
     write_durably,
 )
-from shadow.store import COMPARISONS, DECISIONS, decode_record
+from shadow.store import COMPARISONS, decode_record
 from worker.keys import Keys
 from worker.tail import (
     AWAY,
@@ -44,101 +51,14 @@ from worker.tail import (
     stream_info,
 )
 
-OUTPUTS = (DECISIONS, COMPARISONS)
 FLUSH_S = 1.0
 FLUSH_ROWS = 16_384
 FLUSH_BYTES = 64 << 20
 _BATCH = 500  # entries of each stream in one read; production's largest are a few KiB
 _POLL_S = 0.1
-SNAPSHOT = "snapshot.msgpack"
-CUT = "cut"
 _TIDY_S = 60.0
 
 log = structlog.get_logger()
-
-
-class Snapshot(msgspec.Struct):
-    """The worker's state right after one of its commits."""
-
-    prefix: str
-    meta: dict[str, bytes]
-    cells: dict[str, dict[str, bytes]]
-    ends: dict[str, str]
-    """Last id of each of our streams then."""
-
-    @property
-    def cursors(self) -> dict[str, str]:
-        """Full input stream key -> id of the last entry folded."""
-        return _cursors(self.meta["cursors"])
-
-    @property
-    def frozen(self) -> dict[str, Any]:
-        """What the worker froze for its run: `settings` of the pipeline, `inputs`, `tables`."""
-        return cast("dict[str, Any]", json.loads(self.meta["frozen"]))
-
-    @property
-    def inputs(self) -> list[str]:
-        """Logical input names in rank order."""
-        return list(self.frozen["inputs"])
-
-    @property
-    def settings(self) -> Settings:
-        """The pipeline's settings."""
-        return Settings.restore(self.frozen["settings"])
-
-    @property
-    def policy(self) -> str:
-        """Digest of the artifact in force."""
-        return self.meta["policy"].decode()
-
-    @property
-    def counts(self) -> dict[tuple[str, str], int]:
-        """(event type, outcome) -> entries since the first start."""
-        counts = {}
-        for name, value in self.meta.items():
-            if name.startswith("n:"):
-                event_type, _, outcome = name[2:].rpartition(":")
-                counts[event_type, outcome] = int(value)
-        return counts
-
-
-class Cut(msgspec.Struct):
-    """Input cursors and our last outputs, committed together."""
-
-    cursors: dict[str, str]
-    ends: dict[str, str]
-
-
-def raw_table(event_type: str) -> Table:
-    """Return the table of a stream's raw entries: id, and names and values of its fields."""
-    texts = {"stream_id": "VARCHAR", "names": "VARCHAR[]", "contents": "VARCHAR[]"}
-    return Table(
-        f"entries/{event_type}",
-        event_type,
-        texts,
-        {
-            "stream_id": ("VARCHAR", "stream_id"),
-            "names": ("BLOB[]", "[from_base64(item) FOR item IN names]"),
-            "contents": ("BLOB[]", "[from_base64(item) FOR item IN contents]"),
-        },
-    )
-
-
-def load_snapshot(recording: Path) -> Snapshot:
-    """Read a recording's starting state.
-
-    Raises:
-        DataError: there is none, or it is damaged.
-    """
-    path = recording / SNAPSHOT
-    try:
-        return msgspec.msgpack.decode(path.read_bytes(), type=Snapshot)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"expected a recording of `rlv3-worker record` in {recording}, found no {SNAPSHOT}"
-        ) from error
-    except (OSError, msgspec.DecodeError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
 
 
 async def take_snapshot(link: Redis, keys: Keys) -> Snapshot | None:
@@ -260,7 +180,7 @@ class Recorder:
         if policy is not None:
             await self._copy_artifact(policy.decode())
         return Cut(
-            cursors={} if cursors is None else _cursors(cursors),
+            cursors={} if cursors is None else cursors_of(cursors),
             ends=dict(zip(self.outputs, map(_newest, newest), strict=True)),
         )
 
@@ -440,11 +360,6 @@ def _raw_line(entry_id: str, fields: Mapping[bytes, bytes]) -> bytes:
         "contents": [b64encode(content).decode() for content in fields.values()],
     }
     return msgspec.json.encode(row) + b"\n"
-
-
-def _cursors(text: bytes) -> dict[str, str]:
-    """Read the cursors field of meta; `seq` in it is the commit's number, no stream."""
-    return {stream: entry_id for stream, entry_id in json.loads(text).items() if stream != "seq"}
 
 
 def _newest(reply: Sequence[tuple[bytes, object]]) -> str:

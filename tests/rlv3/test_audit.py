@@ -16,6 +16,7 @@ from rlv3.events import Action
 from rlv3.features import WARM_BARS
 from rlv3.market import bars_from_closes, simulate
 from rlv3.oracle import optimal_net_profit
+from rlv3.reward import SANE_REWARDS
 
 app = typer.Typer()
 app.command()(command)
@@ -33,6 +34,7 @@ def test_rank_correlation_by_hand() -> None:
 def test_the_net_return_is_sane() -> None:
     audit = audit_reward(SERIES, RLv3Config())
     assert audit.sane
+    assert audit.reward in SANE_REWARDS
     assert audit.correlation == pytest.approx(1.0)
     assert audit.idle_reward == 0.0
     assert audit.best_rewarded == "oracle"
@@ -43,6 +45,7 @@ def test_the_net_return_is_sane() -> None:
 def test_the_seeds_reward_pays_for_doing_nothing() -> None:
     audit = audit_reward(SERIES, RLv3Config(reward="seed"))
     assert not audit.sane
+    assert audit.reward not in SANE_REWARDS
     assert audit.idle_reward == pytest.approx(0.1)  # the survival term, every step
     # who does as the regime term says is rewarded above the best that was possible
     assert audit.best_rewarded != "oracle"

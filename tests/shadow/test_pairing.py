@@ -132,3 +132,60 @@ def test_dump_and_load_keep_candidates_and_open_decisions() -> None:
     assert two.advisory[0] == one.advisory[0]
     assert two.open_v2 == one.open_v2
     assert two.deadline == one.deadline
+
+
+def test_a_decision_that_judged_a_signal_is_not_paired_with_a_nearer_step() -> None:
+    pairing = Pairing()
+    pairing.add(v3("signal", 100 * S, kind="advisory", signal=True), WINDOW)
+    pairing.add(v3("step", 101 * S), WINDOW)
+    assert pairing.offer(v2("x", 101 * S)._replace(judged=True)) is None  # not rule 4 either
+    (match,) = pairing.expire(132 * S, WINDOW, opponent_off=False)
+    assert isinstance(match, Match)
+    assert (match.rule, match.v3.decision_id) == (5, "signal")
+
+
+def test_a_tick_that_comes_later_at_the_same_time_is_not_what_judged_a_signal() -> None:
+    pairing = Pairing()
+    pairing.add(v3("signal", 99 * S, kind="advisory", signal=True), WINDOW)
+    pairing.offer(v2("x", 100 * S)._replace(judged=True))
+    assert pairing.add(v3("tick", 100 * S, kind="advisory"), WINDOW) == ([], [])
+    assert [v.decision_id for v in pairing.open_v2] == ["x"]
+
+
+def test_where_v3_sees_no_signals_a_judged_one_is_paired_with_the_nearest_step() -> None:
+    pairing = Pairing()
+    pairing.add(v3("step", 101 * S), WINDOW)
+    pairing.offer(v2("x", 100 * S)._replace(judged=True))
+    (match,) = pairing.expire(140 * S, WINDOW, opponent_off=False)
+    assert isinstance(match, Match)
+    assert match.v3.decision_id == "step"
+
+
+def test_a_signal_does_not_expire_while_an_open_decision_may_take_it() -> None:
+    pairing = Pairing()
+    pairing.add(v3("signal", 100 * S, kind="advisory", signal=True), 2 * S)
+    late = v2("x", 100 * S + 250_000)._replace(judged=True, window_us=2 * S)
+    assert pairing.offer(late) is None
+    assert pairing.expire(102 * S + 100_000, 2 * S, opponent_off=False) == []
+    assert pairing.deadline == 102 * S + 250_000
+    (match,) = pairing.expire(102 * S + 250_001, 2 * S, opponent_off=False)
+    assert isinstance(match, Match)
+    assert match.v3.decision_id == "signal"
+
+
+def test_a_decision_that_comes_again_is_a_duplicate_paired_or_open() -> None:
+    pairing = Pairing()
+    pairing.add(v3("signal", 100 * S, kind="advisory", signal=True, entry="1-1"), WINDOW)
+    duplicate = Unmatched("v2", "x", 100 * S, "duplicate", "q_table")
+    assert isinstance(pairing.offer(v2("x", 100 * S, entry="1-1")), Match)
+    assert pairing.offer(v2("x", 100 * S, entry="1-1")) == duplicate
+    assert pairing.offer(v2("y", 150 * S)) is None
+    assert pairing.offer(v2("y", 150 * S)) == duplicate._replace(decision_id="y", ts_us=150 * S)
+    assert len(pairing.open_v2) == 1
+
+
+def test_slots_of_an_earlier_version_are_read() -> None:
+    one, two = Pairing(), Pairing()
+    candidate = v3("a", 1, entry="1-1")
+    two.load(one.dump(), {"m0": list(candidate)[:-1]})
+    assert two.main[0] == candidate

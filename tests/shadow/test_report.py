@@ -21,7 +21,7 @@ from rlv3.errors import ConfigError, DataError
 from rlv3.events import ACTION_TABLE
 from rlv3.market import simulate
 from rlv3.policy import Policy
-from shadow import charts, render
+from shadow import charts, render, text
 from shadow.records import (
     ArmBar,
     BarRow,
@@ -38,12 +38,14 @@ from shadow.records import (
 )
 from shadow.report import (
     BUCKETS,
+    Ask,
     Report,
     agreement,
     read_report,
     summarise,
 )
 from shadow.store import COMPARISONS, DECISIONS, TABLES, StoreWriter
+from shadow.terminal import Files, summary
 
 T0 = 1_700_006_400_000_000  # 2023-11-15T00:00:00Z
 MINUTE = 60_000_000
@@ -288,7 +290,7 @@ def test_agreement_on_warm_bars_is_worked_by_hand(hand: Report) -> None:
 def test_kappa_is_undefined_when_both_always_hold_the_same_side() -> None:
     found = agreement([[0, 0, 0], [0, 7, 0], [0, 0, 0]])
     assert (found.raw, found.expected, found.kappa) == (1.0, 1.0, None)
-    assert render.kappa(found.kappa) == "undefined"
+    assert text.kappa(found.kappa) == "undefined"
 
 
 def test_kappa_is_zero_when_one_side_never_moves_and_one_when_equal() -> None:
@@ -317,23 +319,6 @@ def test_kappa_lies_between_minus_one_and_one_and_ignores_who_is_who(
     assert found.kappa is None or -1.0 <= found.kappa <= 1.0
 
 
-def test_symbols_and_regimes_add_up_to_the_whole(hand: Report) -> None:
-    aaa, bbb = hand.symbols
-    assert (aaa.bars, aaa.warm_bars, bbb.bars) == (4, 3, 2)
-    assert (aaa.net["v3"], bbb.net["v3"]) == pytest.approx((180, -50))
-    assert (aaa.entries["v3"], bbb.entries["v3"], bbb.entries["v2"]) == (2, 2, 1)
-    # AAA agrees in two of three warm bars, BBB in one of two
-    assert aaa.agreement.raw == pytest.approx(2 / 3)
-    assert bbb.agreement.raw == 0.5
-    regimes = {regime.regime: regime for regime in hand.regimes}
-    assert {name: regime.bars for name, regime in regimes.items()} == {
-        "RANGE": 1, "TREND": 4, "unknown": 1,
-    }  # fmt: skip
-    assert regimes["unknown"].net["v3"] == pytest.approx(80)
-    assert regimes["TREND"].in_market["v3"] == 1.0
-    assert sum(regime.net["v3"] for regime in hand.regimes) == pytest.approx(130)
-
-
 def test_pairs_are_grouped_by_rule_with_their_deltas(hand: Report) -> None:
     first, fifth = hand.pairs
     assert (first.rule, first.pairs, first.undirected, first.cold) == (1, 4, 1, 1)
@@ -345,7 +330,7 @@ def test_pairs_are_grouped_by_rule_with_their_deltas(hand: Report) -> None:
 
 
 def test_unpaired_actions_outcomes_and_v2_are_counted(hand: Report) -> None:
-    assert [(row.side, row.reason, row.decisions) for row in hand.unpaired] == [
+    assert [(row.side, row.reason, row.decisions) for row in hand.health.unmatched] == [
         ("v2", "missing_v3", 1), ("v3", "missing_v2", 2),
     ]  # fmt: skip
     mix = hand.actions
@@ -364,8 +349,8 @@ def test_header_names_policy_run_and_opponent(hand: Report) -> None:
     assert hand.run.training["reward"] == "net_return"
     assert [(o.name, o.bars) for o in hand.run.opponents] == [("local_reference", 6)]
     assert (hand.period.start_us, hand.period.end_us) == (T0, T0 + 4 * MINUTE)
-    assert hand.verdict.text == "no verdict yet"
-    assert hand.verdict.why == ("no registration", "statistics are not part of this version")
+    assert (hand.verdict.text, hand.verdict.exit_code) == ("exploratory", 0)
+    assert hand.verdict.why.startswith("No verdict: nothing is registered")
 
 
 # -- health ----------------------------------------------------------------------------------------
@@ -455,7 +440,7 @@ def test_absent_v2_is_called_silent(tmp_path: Path, rl_v2: str, why: str) -> Non
     report = read_report(store)
     assert report.notices[0].startswith("RL v2 is silent")
     assert why in report.notices[0]
-    assert "RL v2 is silent" in "\n".join(render.terminal(report))
+    assert "RL v2 is silent" in "\n".join(summary(report))
     assert "RL v2 is silent" in render.html(report, NOW)
 
 
@@ -473,7 +458,7 @@ def test_store_without_bars_has_no_curves_but_a_report(tmp_path: Path) -> None:
     assert report.curves.time_us == ()
     assert (report.agreement.kappa, report.arms[0].time_in_market) == (None, None)
     assert any("No bar has closed yet" in notice for notice in report.notices)
-    assert "no closed bar" in "\n".join(render.terminal(report))
+    assert "no closed bar" in "\n".join(summary(report))
     assert balanced(render.html(report, NOW))
 
 
@@ -485,9 +470,9 @@ def test_newest_run_is_reported_and_others_are_named(tmp_path: Path) -> None:
     assert (report.run.run_id, report.run.other_runs) == ("new", ("old",))
     assert report.period.bars == 1
     assert any("1 other run(s)" in notice for notice in report.notices)
-    assert read_report(store, "old").period.bars == 6
+    assert read_report(store, Ask(run="old")).period.bars == 6
     with pytest.raises(DataError, match="expected one of the runs old, new, found nothing-like-it"):
-        read_report(store, "nothing-like-it")
+        read_report(store, Ask(run="nothing-like-it"))
 
 
 def test_run_without_its_own_row_is_reported_from_its_bars(tmp_path: Path) -> None:
@@ -548,7 +533,8 @@ def generated(symbols: int, bars: int) -> duckdb.DuckDBPyConnection:
         f"""
         INSERT INTO bars BY NAME
         SELECT 'run-1' AS run_id, minute || '-' || s AS stream_id, {T0} + minute * {MINUTE}
-               AS event_ts_us, 'SYMBOL' || s AS symbol, true AS warm, false AS gap,
+               AS event_ts_us, 'SYMBOL' || s AS symbol,
+               100.0 + sin(minute) AS close, true AS warm, false AS gap,
                false AS restarted, 0 AS empty_after, 1 AS schema_version,
                ['TREND', 'RANGE', NULL][minute // 100 % 3 + 1] AS regime,
                'local_reference' AS opponent, {CAPITAL} AS flat_equity, 0.0 AS flat_exposure,
@@ -650,7 +636,9 @@ def test_page_is_well_formed_and_asks_for_nothing(hand: Report) -> None:
     assert "https:" not in page
     parser = parse(page)
     names = {tag for tag, _ in parser.tags}
-    assert not names & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    assert not names & {"link", "img", "iframe", "object", "embed", "base", "form"}
+    (data,) = (attributes for tag, attributes in parser.tags if tag == "script")
+    assert data == {"type": "application/json", "id": "report-json"}  # data, nothing that runs
     for _, attributes in parser.tags:
         assert "src" not in attributes
         assert attributes.get("href", "#").startswith("#")
@@ -682,15 +670,15 @@ def test_page_says_what_is_not_modelled_and_claims_nothing(hand: Report) -> None
     page = render.html(hand, NOW)
     for name in ("funding", "market impact", "queue position", "partial fills", "leverage"):
         assert name in page
-    assert "No verdict yet" in page
-    assert "none of them claims significance" in page
+    assert "No verdict: nothing is registered" in page
 
 
 def test_names_from_the_bus_are_escaped(tmp_path: Path) -> None:
     symbol = "<script>alert(1)</script>"
     bars = [Book(symbol).bar(1, {}, {}, opponent="<b>&\"'")]
     page = render.html(read_report(write_store(tmp_path, [run_row(), *bars])), NOW)
-    assert "<script" not in page
+    assert page.count("<script") == 1  # the JSON
+    assert "alert(1)</script>" not in page
     assert "&lt;script&gt;" in page
     assert balanced(page)
 
@@ -714,25 +702,25 @@ def test_numbers_do_not_depend_on_how_rows_were_cut_into_segments(
 
 
 def test_terminal_fits_and_agrees_with_the_json(hand: Report) -> None:
-    files = render.Files(Path("report.html"), Path("report.json"))
-    lines = render.terminal(hand, files)
+    files = Files(Path("report.html"), Path("report.json"))
+    lines = summary(hand, files)
     assert len(lines) <= 24
     assert all(len(line) <= 80 for line in lines)
-    assert lines[1] == "no verdict yet: no registration, statistics are not part of this version"
-    said = {line[:14].strip(): line[14:].split() for line in lines}
+    assert lines[0].endswith("exploratory")
+    assert lines[1].startswith("No verdict: nothing is registered")
+    said = {line[:23].strip(): line[23:].split() for line in lines}
     report = json.loads(render.json(hand, NOW))["report"]
     arms = report["arms"]
-    assert said["net profit"] == [f"{arm['net']:+,.2f}".replace("+0.00", "0.00") for arm in arms]
+    assert said["net profit"] == [f"{arm['net']:+,.2f}" for arm in arms]
     assert said["net profit"][0] == "+130.00"
-    assert said["entries"] == [str(arm["entries"]) for arm in arms] == ["4", "3", "0", "0"]
     assert said["max drawdown"][0] == f"{100 * arms[0]['max_drawdown']:.3f}"
-    text = "\n".join(lines)
-    kappa = report["agreement"]["kappa"]
-    assert f"kappa {kappa:.3f}" in text
-    assert "Agreement 60.0 % of 5 warm bars" in text
-    assert "Pairs 5 (rule 1: 4, rule 5: 1)" in text
-    assert "Unpaired v2 1 (missing_v3 1); v3 2 (missing_v2 2)" in text
-    assert "Data checks ok, lost 5, dead 1, conflated 0, decided 4 of 10" in text
+    shown = "\n".join(lines)
+    found = report["behaviour"]["confusion"]
+    assert found["n"] == 5
+    assert f"Agree {100 * found['raw']['value']:.1f} % of 5 warm bars" in shown
+    assert f"kappa {found['kappa']['value']:.3f}" in shown
+    # six pairs due: five made, one of RL v2's decisions stayed alone
+    assert "Data ok: matched 83.33 %, lost 5, late 2, dup 0, dead 1, gap bars 0" in shown
 
 
 def test_terminal_fits_in_the_worst_case(tmp_path: Path) -> None:
@@ -740,7 +728,7 @@ def test_terminal_fits_in_the_worst_case(tmp_path: Path) -> None:
     store = write_store(
         tmp_path, [run_row("old"), run_row(), *hand_bars(), *hand_bars("zzz"), ledger]
     )
-    lines = render.terminal(read_report(store), render.Files(Path("a"), Path("b")))
+    lines = summary(read_report(store), Files(Path("a"), Path("b")))
     assert len(lines) <= 24
     assert all(len(line) <= 80 for line in lines)
     assert sum(line.startswith("! ") for line in lines) == 2
@@ -779,7 +767,7 @@ def test_value_axis_is_round_and_covers_the_data(
     ("step", "digits"), [(500.0, 0), (2.5, 1), (1.0, 0), (0.25, 2), (0.1, 1), (2.5e-3, 4)]
 )
 def test_axis_labels_are_not_rounded(step: float, digits: int) -> None:
-    assert render._digits(step) == digits
+    assert charts.places(step) == digits
 
 
 @settings(max_examples=200, deadline=None)
@@ -820,7 +808,7 @@ def shadow(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_report_command_writes_three_forms_and_exits_0(hand_store: Path, tmp_path: Path) -> None:
     done = shadow("report", "--store", hand_store, "--out", tmp_path / "out", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "no verdict yet" in done.stdout
+    assert "No verdict: nothing is registered" in done.stdout
     assert len(done.stdout.splitlines()) <= 24
     page = (tmp_path / "out" / "report.html").read_text()
     assert balanced(page)

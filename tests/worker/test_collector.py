@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import random
 import resource
 import subprocess
@@ -11,14 +12,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 import redis
 
 from rlv3.errors import DataError, UserError
-from shadow.records import LedgerRow, UnpairedRow, encode
+from shadow.records import ArmBar, BarRow, LedgerRow, RunRow, UnpairedRow, encode
+from shadow.register import Terms, register
+from shadow.registration import Frozen
 from shadow.store import StoreReader, StoreWriter
+from shadow.streaming import read_state
 from worker.collector import collect
 from worker.embedded import RedisServer, leashed
 from worker.errors import RedisUnavailable
@@ -307,3 +313,60 @@ def test_a_ledger_row_keeps_its_counts(
     with StoreReader(tmp_path).connect() as connection:
         counts = connection.execute("SELECT counts['market.tick']['decided'] FROM ledger")
         assert counts.fetchall() == [(5,)]
+
+
+def hour_bar(hour: int) -> bytes:
+    flat = ArmBar(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 10_000.0, False)
+    return encode(
+        BarRow(
+            record_id=f"bar {hour}", run_id="run", symbol="A", event_ts_us=hour * 3_600_000_000,
+            open=1.0, high=1.0, low=1.0, close=1.0, volume=None, empty_after=0, restarted=False,
+            gap=False, warm=True, regime="TREND", bus_regime=None,
+            arms={"v3": msgspec.structs.replace(flat, gross=1e-4), "v2": flat,
+                  "follow_signal": flat, "flat": flat},
+            opponent="q_table", opponent_digest=None, step_decision_id=None, obs=(0.0,) * 64,
+            missing_mask=0, policy_digest=DIGEST,
+        )
+    )  # fmt: skip
+
+
+def test_collector_keeps_the_verdicts_statistics(
+    server: RedisServer, link: redis.Redis, tmp_path: Path
+) -> None:
+    settings = {"initial_balance": 10_000.0, "step_seconds": 3600.0}
+    run = RunRow(
+        record_id="r", run_id="run", symbol="", event_ts_us=0, policy_digest=DIGEST,
+        feature_digest="f", action_table=(), training={}, rl_v2="bus", tables_digest=None,
+        settings=settings,
+    )  # fmt: skip
+    terms = Terms(symbols=("A",), start_us=0, batch_bars=4)
+    test, _ = register(tmp_path, terms, now=datetime(2026, 1, 1, tzinfo=UTC), frozen=Frozen.of(run))
+
+    def published() -> dict[str, object]:
+        return json.loads(link.get(KEYS.verdict) or b"{}")
+
+    link.xadd(KEYS.comparisons, {"payload": encode(run)})
+    for hour in range(1, 12):  # two whole batches, and the three bars that close the second
+        link.xadd(KEYS.comparisons, {"payload": hour_bar(hour)})
+    run_until(server, tmp_path, lambda: published().get("batches") == 2)
+    # 1e-4 a bar, 24 bars a day
+    assert (published()["registration"], published()["mean"]) == (test.id, pytest.approx(24.0))
+    # another collector goes on from what the store holds
+    for hour in range(12, 16):
+        link.xadd(KEYS.comparisons, {"payload": hour_bar(hour)})
+    run_until(server, tmp_path, lambda: published().get("batches") == 3)
+    state = read_state(tmp_path)
+    assert state is not None
+    assert json.loads(msgspec.json.encode(state)) == published()
+    assert state.verdict == "KEEP SHADOWING"
+
+
+def test_damaged_registration_stops_no_collector(
+    server: RedisServer, link: redis.Redis, tmp_path: Path
+) -> None:
+    (tmp_path / "registrations").mkdir()
+    (tmp_path / "registrations" / "0001-x.json").write_text("no registration")
+    ids = publish(link, range(10))
+    run_until(server, tmp_path, lambda: published(link) == ids[-1])
+    assert stored(tmp_path) == expected(10)
+    assert read_state(tmp_path) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,9 +21,15 @@ import pytest
 import redis
 
 from rlv3.errors import DataError
-from rlv3.features import Normaliser
+from rlv3.events import ACTION_TABLE
+from rlv3.features import FEATURES, Normaliser
 from rlv3.policy import Policy, build_artifact, shipped_policy
+from shadow.backtest import backtest
+from shadow.explain import explain
+from shadow.recording import load_snapshot
+from shadow.records import decode_decision
 from shadow.segments import list_segments, read_position
+from shadow.store import StoreReader
 from worker import logs
 from worker.artifact import load_policy
 from worker.audit import Audit, audit, show
@@ -31,7 +38,7 @@ from worker.config import WorkerConfig
 from worker.embedded import RedisServer, leashed
 from worker.errors import CheckFailed
 from worker.keys import Keys
-from worker.recorder import load_snapshot, record
+from worker.recorder import record
 from worker.service import Worker
 
 KEYS = Keys()
@@ -500,3 +507,66 @@ def test_a_recording_of_another_prefix_is_refused(
             await record(server.url, server.url, "other", tmp_path)
 
     asyncio.run(main())
+
+
+def test_a_recording_is_backtested_and_explains_its_advisory_decisions(
+    server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    """Without Redis the same policy decides the same, beside RL v2's recorded decisions."""
+    config = config_of(server, artifact)
+    recorded = tmp_path / "recording"
+    entries = feed(4)
+
+    async def main() -> None:
+        async with recording(config, recorded), working(config) as worker:
+            await until(snapshot_taken(recorded))
+            append(server, entries)
+            await folded(worker, len(entries))
+
+    asyncio.run(main())
+    done = backtest(artifact, recording=recorded, store_dir=tmp_path / "store", rl_v2="bus")
+    assert done.symbols == ("AAAUSDT", "BBBUSDT")
+    assert done.entries == len(entries)
+    assert done.speed > 1.0
+    with redis.Redis.from_url(server.url) as client:
+        published = [
+            decode_decision(fields[b"payload"]) for _, fields in client.xrange(KEYS.decisions)
+        ]
+    with StoreReader(tmp_path / "store").connect() as store:
+        columns = "decision_id, kind, action, action_probs, value, target_position"
+        rows = store.execute(f"SELECT {columns} FROM decisions ORDER BY decision_id").fetchall()
+        ((moved, opponents),) = store.execute(
+            "SELECT count(*) FILTER (moves_arm), list(DISTINCT opponent) FROM v2_decisions"
+        ).fetchall()
+    assert rows == sorted(
+        (d.decision_id, d.kind, d.action, list(d.action_probs), d.value, d.target_position)
+        for d in published
+    )
+    assert moved > 20
+    assert opponents == ["q_table"]
+
+    advisory = [d for d in published if d.kind == "advisory"]
+    for decision in (advisory[3], advisory[len(advisory) // 2], advisory[-1]):
+        found = explain(decision.decision_id, tmp_path / "store", recorded)
+        assert found.source == "recording"
+        assert found.probabilities == {
+            name: p for name, p in zip(ACTION_TABLE, decision.action_probs, strict=True) if p
+        }
+        assert found.missing == tuple(
+            feature.name
+            for i, feature in enumerate(FEATURES)
+            if decision.feature_quality["missing_mask"] >> i & 1
+        )
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match="expected a recording of `rlv3-worker record`"):
+        explain(advisory[0].decision_id, tmp_path / "store", tmp_path / "other")
+
+
+def test_a_backtest_takes_files_or_a_recording_and_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "shadow.cli", "backtest"], cwd=tmp_path, capture_output=True,
+        text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "expected price files with --data or a --recording, found neither" in done.stderr
