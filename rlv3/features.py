@@ -477,8 +477,8 @@ class Normaliser(NamedTuple):
         scaled /= self.scale
         np.maximum(scaled, -_BOUND, out=scaled)
         np.minimum(scaled, _BOUND, out=scaled)
-        bits = np.asarray(missing, dtype=np.int64)
-        if bits.any():
+        if any(missing):
+            bits = np.asarray(missing, dtype=np.int64)
             scaled[bits[:, None] & _MARKET_BITS != 0] = 0.0
         obs[:, :N_FEATURES] = scaled
         return obs

@@ -139,18 +139,13 @@ class Policy:
         self, obs: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return logits float32[N, 6] and values float32[N] for observations float32[N, 64]."""
-        logits, values = self._run(0, obs), self._run(1, obs)[:, 0]
-        return logits, values
+        n, blocks = len(obs), _blocks(obs)
+        logits, values = self._forward(0, blocks), self._forward(1, blocks)
+        return logits.reshape(-1, N_ACTIONS)[:n], values.reshape(-1)[:n]
 
-    def _run(self, net: int, obs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return a network's outputs, computed in padded blocks."""
-        n = len(obs)
-        blocks = -(-n // BLOCK)
-        x = np.zeros((blocks * BLOCK, OBS_DIM), dtype=np.float32)
-        x[:n] = obs
-        if blocks > 1:  # a stack: numpy multiplies block by block, bit for bit as one alone
-            x = x.reshape(blocks, BLOCK, OBS_DIM)
-        multiply = np.dot if blocks == 1 else np.matmul
+    def _forward(self, net: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return a network's outputs for blocks of observations."""
+        multiply = np.dot if x.ndim == 2 else np.matmul
         hidden, (weight, bias) = self._nets[net]
         for inner, offset in hidden:
             x = multiply(x, inner)  # (8, 64) -> (8, 128) -> (8, 128)
@@ -158,7 +153,7 @@ class Policy:
             self._activate(x, out=x)
         x = multiply(x, weight)  # (8, 128) -> (8, 6 or 1)
         x += bias
-        return x.reshape(blocks * BLOCK, -1)[:n]
+        return x
 
     def decide(
         self, obs: NDArray[np.float32], masks: Sequence[Sequence[bool]]
@@ -175,7 +170,7 @@ class Policy:
         if len(obs) == 1:
             action, row = _choose(logits, masks[0])
             return np.array([action]), np.array([row]), values
-        valid = np.asarray(masks, dtype=bool)
+        valid = np.frombuffer(b"".join(map(bytes, masks)), dtype=bool).reshape(-1, N_ACTIONS)
         masked = np.where(valid, logits.astype(np.float64), -np.inf)
         shifted = np.exp(masked - masked.max(axis=1, keepdims=True))
         probs = shifted / shifted.sum(axis=1, keepdims=True)
@@ -188,7 +183,7 @@ class Policy:
 
         The same as `decide` says, without the value network.
         """
-        action, probs = _choose(self._run(0, obs[None]), mask)
+        action, probs = _choose(self._forward(0, _blocks(obs[None])), mask)
         return action, probs[action]
 
     def predict(self, obs_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,6 +254,18 @@ def _layers(tensors: Mapping[str, NDArray[Any]], net: str) -> tuple[list[Layer],
         for layer in _LAYERS
     )
     return hidden, head
+
+
+def _blocks(obs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Pad observations to whole blocks: float32[8, 64], or a stack of such blocks.
+
+    numpy multiplies a stack block by block, bit for bit as one block alone.
+    """
+    n = len(obs)
+    count = -(-n // BLOCK)
+    x = np.zeros((count * BLOCK, OBS_DIM), dtype=np.float32)
+    x[:n] = obs
+    return x if count == 1 else x.reshape(count, BLOCK, OBS_DIM)
 
 
 def _relu(x: NDArray[np.float32], out: NDArray[np.float32]) -> None:

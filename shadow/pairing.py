@@ -124,7 +124,7 @@ class Pairing:
         """Keep a new v3 decision; return the open v2 decisions it settles, and what it evicts."""
         gone: list[Unmatched] = []
         matches: list[Match] = []
-        for v2 in list(self.open_v2):
+        for v2 in list(self.open_v2) if self.open_v2 else ():
             rule = exact_rule(v2, candidate)
             if rule == 4 and not self._may(v2, candidate):
                 continue

@@ -13,9 +13,9 @@ of the entry that caused them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
 import msgspec
 
@@ -145,11 +145,18 @@ class Pipeline:
         policy: the artifact that decides.
         tables: RL v2's Q-tables when `settings.rl_v2` is `reference`.
         inputs: logical stream names in rank order.
+        encode_decision: bytes of a decision; JSON by default.
     """
 
     def __init__(
-        self, policy: Policy, tables: QTables | None, settings: Settings, inputs: Sequence[str]
+        self,
+        policy: Policy,
+        tables: QTables | None,
+        settings: Settings,
+        inputs: Sequence[str],
+        encode_decision: Callable[[Decision], bytes] = encode,
     ) -> None:
+        self._encode_decision = encode_decision
         self._serve(policy)
         self.tables = tables if settings.rl_v2 == "reference" else None
         self.settings = settings
@@ -364,7 +371,6 @@ class Pipeline:
                 break
             if taken == due > 0:
                 break
-            self._streams.setdefault(entry.event_type, entry.stream)
             self._fold(entry, conflate)
             cursors[entry.stream] = entry.entry_id
             taken += 1
@@ -384,6 +390,8 @@ class Pipeline:
     # -- one entry -------------------------------------------------------------------------------
 
     def _fold(self, entry: Entry, conflate: bool) -> None:
+        if entry.event_type not in self._streams:
+            self._streams[entry.event_type] = entry.stream
         event = codec.decode(entry)
         minute = event.ref.id_ms // 60_000
         if minute > self._ledger_minute:
@@ -794,7 +802,7 @@ class Pipeline:
         stamp = iso(job.ts_us)
         missing = job.missing
         zone = min(max(1.0 + value / 20.0, 0.5), 1.5)
-        payload = encode(
+        payload = self._encode_decision(
             Decision(  # by position: 37 names would take longer than to encode them
                 state.symbol, stamp, action, probs[action], value, "RL_V3_PPO", True, trace_id,
                 {

@@ -290,6 +290,7 @@ Comparison = V2Row | PairRow | UnpairedRow | BarRow | OutcomeRow | LedgerRow | R
 decode_decision = msgspec.json.Decoder(Decision).decode
 decode_comparison = msgspec.json.Decoder(Comparison).decode
 encode = msgspec.json.Encoder().encode
+encode_msgpack = msgspec.msgpack.Encoder().encode
 _sha256 = hashlib.sha256
 
 

@@ -558,12 +558,12 @@ class Bus:
         return keys, _pack((places, self._coded(commit.outputs), forgotten, states, fields))
 
     def _coded(self, outputs: list[Output]) -> list[Output]:
-        """Return the outputs with their payloads in our codec."""
+        """Return the outputs with their payloads in our codec, whatever is JSON still."""
         if not self._as_msgpack:
             return outputs
         return [
             output  # operators read dead letters with redis-cli
-            if output.event_type.startswith("dlq:")
+            if output.event_type.startswith("dlq:") or output.payload[:1] != b"{"
             else output._replace(payload=_to_msgpack(output.payload))
             for output in outputs
         ]

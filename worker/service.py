@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from rlv3.errors import PolicyError
 from rlv3.policy import Policy
 from shadow.pipeline import Pipeline, Settings
-from shadow.records import Commit, Entry, decode_comparison
+from shadow.records import Commit, Entry, decode_comparison, encode, encode_msgpack
 from shadow.rl_v2 import QTables
 from shadow.symbol import StateError
 from worker.artifact import LOOK_S, ArtifactWatch, policy_at_start
@@ -302,7 +302,8 @@ class Worker:
         )
 
     def _new_pipeline(self) -> Pipeline:
-        return Pipeline(self.policy, self.tables, self.settings, self.config.inputs)
+        encoder = encode_msgpack if self.config.codec == "msgpack" else encode
+        return Pipeline(self.policy, self.tables, self.settings, self.config.inputs, encoder)
 
     # -- the loop's steps -------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgpack
+import msgspec
 import numpy as np
 import pytest
 
@@ -24,8 +26,10 @@ from shadow.records import (
     V2Row,
     decode_comparison,
     decode_decision,
+    encode_msgpack,
 )
 from shadow.rl_v2 import QTables
+from shadow.symbol import pack, unpack
 
 INPUTS = ("market.tick", "signal.generated", "ai.signal_generated", "rl_v2.decision")
 T0 = 1_700_000_040_000  # a bar boundary
@@ -146,6 +150,30 @@ def test_outputs_do_not_depend_on_where_a_batch_was_cut(
         results.append(payloads([first, *fold(pipeline, entries), pipeline.stop()]))
     assert results[0] == results[1] == results[2]
     assert len({body["symbol"] for kind, *_, body in results[0] if kind == "rl_v3.decision"}) == 3
+
+
+def test_decisions_in_msgpack_say_what_those_in_json_say(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = workload(bus_entry, 3, minutes=4)
+    text, binary = (
+        [
+            output.payload
+            for commit in fold(Pipeline(policy, tables, Settings(), INPUTS, *encoder), entries)
+            for output in commit.outputs
+            if output.event_type == "rl_v3.decision"
+        ]
+        for encoder in ((), (encode_msgpack,))
+    )
+    assert len(text) > 50
+    assert binary == [msgspec.msgpack.encode(msgspec.json.decode(payload)) for payload in text]
+
+
+def test_cells_are_version_checksum_and_plain_msgpack() -> None:
+    values = (None, True, -1, 1 << 40, 0.1, "é", (1.0, [2, ("a",)]), {"k": None})
+    cell = pack(values)
+    assert cell[5:] == msgpack.packb(values)
+    assert (cell[0], unpack(b"\x01\x24\x4c\xc8\x59\x93\x01\x02\x03")) == (1, [1, 2, 3])
 
 
 def test_a_restart_after_any_commit_continues_identically(
