@@ -11,7 +11,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-store test test-system check lint type format bench bench-report chaos calibrate policy clean
+.PHONY: help setup demo demo-store test test-system check lint type format bench bench-report recorder chaos trims fuzz calibrate policy clean
 
 help:    ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench: .venv/.serving     ## measure the worker: events per second, latency, wha
 bench-report: .venv/.serving ## measure the report on a million and on ten million paired decisions
 	@$(BIN)/python bench/bench_report.py $(ARGS)
 
+recorder: .venv/.everything ## measure recorder and audit: rate, memory, disk
+	@$(BIN)/python -m bench.bench_record $(ARGS)
+
 SEEDS ?= 20
 chaos: .venv/.everything  ## play every fault against the worker: SEEDS=200, goes on where it was stopped
 	@$(BIN)/python -m tests.chaos.run --seeds $(SEEDS) $(ARGS)
@@ -58,6 +61,13 @@ calibrate: .venv/.everything ## measure how often verdicts are wrong, and how of
 	@$(BIN)/python -m tests.calibration.run $(ARGS)
 	@$(BIN)/python -m tests.calibration.lookahead
 	@$(BIN)/python -m tests.calibration.pairing
+
+trims: .venv/.everything  ## 100 trimming scenarios on Redis >= 7: is the reported loss the true one?
+	@$(BIN)/python -m tests.chaos.trims $(ARGS)
+
+INPUTS ?= 100000
+fuzz: .venv/.everything   ## decode INPUTS drawn entries; none may raise
+	@$(BIN)/python -m tests.shadow.fuzz_codec $(INPUTS)
 
 policy: .venv/.everything ## train the shipped policy and RL v2's reference tables again
 	@$(BIN)/python -m rlv3.build_policy

@@ -10,28 +10,44 @@ it again as the worker did: what depended on the world is taken from the recordi
 from __future__ import annotations
 
 import json
+import zlib
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import duckdb
+import msgpack
 import msgspec
 
 from rlv3.errors import DataError, UserError
 from rlv3.policy import Policy
 from shadow.pipeline import OUTCOMES, Pipeline, Settings
-from shadow.records import Commit, Comparison, Decision, Entry, LedgerRow
+from shadow.records import Commit, Entry, LedgerRow
 from shadow.rl_v2 import QTables
-from shadow.segments import START, Table, parse_id, read_position, relation, valid_segments
+from shadow.segments import (
+    START,
+    Table,
+    day_of,
+    parse_id,
+    read_position,
+    relation,
+    valid_segments,
+)
 from shadow.store import COMPARISONS, DECISIONS, decode_record
 from shadow.symbol import StateError
 
 OUTPUTS = (DECISIONS, COMPARISONS)
 SNAPSHOT = "snapshot.msgpack"
 CUT = "cut"
+PART = "part-"
+RawEntry = Sequence[Any]
+"""Id, then names and values of the fields, alternating: as Redis sends them."""
+_CHUNK = 32
+_CHUNK_BYTES = 1 << 20
 _BATCH = 64
-_MARKING = ("conflated", "lost", "order", "swap")
+_MARKING = ("conflated", "lost", "order", "swap", "crash")
 _NOTED = tuple(
     reason.encode() for reason in _MARKING
 )  # in the payload of every row that the fold needs
@@ -96,18 +112,62 @@ class Cut(msgspec.Struct):
 
 
 def raw_table(event_type: str) -> Table:
-    """Return the table of a stream's raw entries: id, and names and values of its fields."""
-    texts = {"stream_id": "VARCHAR", "names": "VARCHAR[]", "contents": "VARCHAR[]"}
+    """Return the table of a stream's raw entries: a row holds some that follow each other.
+
+    `entries` is msgpack: `[[id, [name, value, …]], …]`, all of them binary; `crc` is its CRC-32.
+    """
+    kinds = {"first_id": "VARCHAR", "last_id": "VARCHAR", "n": "INTEGER", "crc": "UINTEGER"}
     return Table(
         f"entries/{event_type}",
         event_type,
-        texts,
+        {**kinds, "entries": "VARCHAR"},
         {
-            "stream_id": ("VARCHAR", "stream_id"),
-            "names": ("BLOB[]", "[from_base64(item) FOR item IN names]"),
-            "contents": ("BLOB[]", "[from_base64(item) FOR item IN contents]"),
+            **{name: (kind, name) for name, kind in kinds.items()},
+            "entries": ("BLOB", "from_base64(entries)"),
         },
+        row_group=2_048,  # the smallest; a row is tens of KiB
     )
+
+
+def raw_lines(rows: Sequence[RawEntry]) -> Iterator[tuple[str, str, bytes]]:
+    """Yield (first id, last id, JSON line) of rows of `raw_table` for entries as XREAD has them."""
+    for first in range(0, len(rows), _CHUNK):
+        yield from _raw_line(rows[first : first + _CHUNK])
+
+
+def _raw_line(rows: Sequence[RawEntry]) -> Iterator[tuple[str, str, bytes]]:
+    packed = msgpack.packb(rows)
+    first, last = rows[0][0].decode(), rows[-1][0].decode()
+    half = len(rows) // 2
+    if half and (len(packed) > _CHUNK_BYTES or day_of(parse_id(first)) != day_of(parse_id(last))):
+        yield from _raw_line(rows[:half])
+        yield from _raw_line(rows[half:])
+        return
+    row = {
+        "first_id": first,
+        "last_id": last,
+        "n": len(rows),
+        "crc": zlib.crc32(packed),
+        "entries": b64encode(packed).decode(),
+    }
+    yield first, last, msgspec.json.encode(row) + b"\n"
+
+
+def parts_of(recording: Path) -> list[Path]:
+    """Return the recordings that a directory consists of, oldest first.
+
+    It is one itself, or holds `part-<ms>` of a recording that is kept for a while only.
+    Raises:
+        DataError: it is neither.
+    """
+    if (recording / SNAPSHOT).exists():
+        return [recording]
+    parts = [path for path in sorted(recording.glob(PART + "*")) if read_position(path)]
+    if not parts:
+        raise DataError(
+            f"expected a recording of `rlv3-worker record` in {recording}, found no {SNAPSHOT}"
+        )
+    return parts
 
 
 def load_snapshot(recording: Path) -> Snapshot:
@@ -168,14 +228,16 @@ class Reading:
         """Logical name -> full key."""
         self.ends = cut.cursors | cut.ends
         self.lost = sum(group.counts.get("lost", 0) for group in position.groups.values())
+        self.damaged: set[str] = set()
+        """What does not have the checksum that it was recorded with, as far as it was read."""
         self.outputs = self._outputs()
 
     def inputs(self, name: str) -> Iterator[Entry]:
         """Yield the entries of one input in id order."""
         stream = self.streams[name]
-        query = f"SELECT stream_id, names, contents FROM ({self._rows(name)}) ORDER BY ms, seq"
-        for entry_id, fields, contents in self._fetch(query):
-            yield Entry(stream, name, entry_id, dict(zip(fields, contents, strict=True)))
+        for entry_id, flat in self._entries(name):
+            values = iter(flat)
+            yield Entry(stream, name, entry_id.decode(), dict(zip(values, values, strict=True)))
 
     def marks(self) -> list[Mark]:
         """Return what the worker noted about its fold, in order."""
@@ -183,7 +245,10 @@ class Reading:
         for name, payload in self._payloads(COMPARISONS):
             if not any(word in payload for word in _NOTED):
                 continue
-            row = decode_record(name, payload)
+            try:
+                row = decode_record(name, payload)
+            except ValueError:
+                continue  # said where it is compared
             if not isinstance(row, LedgerRow) or row.reason not in _MARKING:
                 continue
             mark = Mark(row, _folded(row))
@@ -198,37 +263,45 @@ class Reading:
             found.append(mark)
         return found
 
-    def _outputs(self) -> Iterator[Decision | Comparison]:
-        """Yield decisions and comparisons, in the order of their streams, side by side."""
-        pairs = zip_longest(*(self._payloads(name) for name in OUTPUTS))
-        for pair in pairs:
-            for item in pair:
-                if item is not None:
-                    yield decode_record(*item)
+    def _outputs(self) -> Iterator[tuple[str, bytes]]:
+        """Yield decisions and comparisons as recorded, each stream in its order, side by side."""
+        for pair in zip_longest(*(self._payloads(name) for name in OUTPUTS)):
+            yield from (item for item in pair if item is not None)
 
     def _payloads(self, name: str) -> Iterator[tuple[str, bytes]]:
-        query = (
-            "SELECT contents[list_position(names, 'payload'::BLOB)] "
-            f"FROM ({self._rows(name)}) ORDER BY ms, seq"
-        )
-        for (payload,) in self._fetch(query):
-            yield name, payload
+        for _, flat in self._entries(name):
+            values = iter(flat)
+            yield name, dict(zip(values, values, strict=True)).get(b"payload", b"")
 
-    def _rows(self, name: str) -> str:
+    def _entries(self, name: str) -> Iterator[RawEntry]:
+        """Yield the entries of a stream up to the cut, as XREAD had them."""
         table = raw_table(name)
         files = [item.path for item in valid_segments(self.recording, table, self.position)]
-        ms, seq = parse_id(self.ends.get(self.streams[name], START))
-        return (
-            "SELECT *, split_part(stream_id, '-', 1)::UBIGINT AS ms, "
-            f"split_part(stream_id, '-', 2)::UBIGINT AS seq FROM ({relation(table, files)}) "
-            f"WHERE (ms, seq) <= ({ms}, {seq})"
+        end = parse_id(self.ends.get(self.streams[name], START))
+        query = (
+            f"SELECT first_id, last_id, crc, entries FROM ({relation(table, files)}) ORDER BY "
+            "split_part(first_id, '-', 1)::UBIGINT, split_part(first_id, '-', 2)::UBIGINT"
         )
+        for first, last, crc, packed in self._fetch(query):
+            if zlib.crc32(packed) != crc:
+                self.damaged.add(f"entries {first} to {last} of {self.streams[name]}")
+            try:
+                rows = msgpack.unpackb(packed, raw=True)
+                for row in rows:
+                    if parse_id(row[0].decode()) > end:
+                        return
+                    yield row
+            except (ValueError, TypeError, msgpack.UnpackException) as error:
+                raise DataError(
+                    f"recording {self.recording} is damaged: entries {first} to {last} of "
+                    f"{self.streams[name]}: {error}"
+                ) from error
 
     def _fetch(self, query: str) -> Iterator[tuple[Any, ...]]:
         try:
             with duckdb.connect(":memory:", config={"threads": 1}) as connection:
                 found = connection.execute(query)
-                while rows := found.fetchmany(1_000):
+                while rows := found.fetchmany(64):
                     yield from rows
         except duckdb.Error as error:
             raise DataError(f"recording {self.recording} is damaged: {error}") from error
@@ -307,6 +380,10 @@ class Inputs:
                 best = place, rank, entry
         return None if best is None else (best[1], best[2])
 
+    def is_disordered(self, place: tuple[str, str]) -> bool:
+        """Return True for an entry that was not folded in the default order."""
+        return place in self._disordered
+
     def take(self, rank: int) -> None:
         """Go on to the next entry of a stream."""
         self._advance(rank)
@@ -357,7 +434,18 @@ class Replay:
             elif mark.row.reason == "swap":
                 yield from self._fold_to(mark.folded)
                 yield self._swap(mark)
+            elif mark.row.reason == "crash":
+                yield from self._fold_to(mark.first)
+                (place,) = mark.ids
+                yield from self._run(
+                    [self._inputs.named(*place)],
+                    False,
+                    disordered=self._inputs.is_disordered(place),
+                    crashed=1,
+                )
             elif mark.row.reason == "order":
+                if self.folded >= mark.folded:
+                    continue  # it ended the process, and was left out just now
                 yield from self._fold_to(mark.first)
                 entries = [self._inputs.named(*place) for place in mark.ids]
                 yield from self._run(entries, mark.conflate, disordered=True)
@@ -389,11 +477,20 @@ class Replay:
         return entries
 
     def _run(
-        self, entries: Sequence[Entry], conflate: bool, *, disordered: bool = False
+        self,
+        entries: Sequence[Entry],
+        conflate: bool,
+        *,
+        disordered: bool = False,
+        crashed: int = 0,
     ) -> Iterator[Commit]:
         while entries:
             commit = self._pipeline.run(
-                entries, now_ms=0.0, conflate=conflate, ahead=len(entries) if disordered else 0
+                entries,
+                now_ms=0.0,
+                conflate=conflate,
+                ahead=len(entries) if disordered else 0,
+                crashed=crashed,
             )
             entries = entries[commit.taken :]
             self.folded += commit.taken

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ import duckdb
 import msgspec
 
 from rlv3.errors import DataError
+from shadow.records import MAX_ID_MS
 
 StreamId = tuple[int, int]
 START = "0-0"
@@ -39,7 +41,6 @@ _FORMAT = 1
 _MERGE_AT = 64  # small segments of one table and day that are worth one merge
 _SMALL = 4 << 20  # bytes; larger segments wait for the end of the day
 _GRACE_S = 60.0  # a reader that listed the sources of a merge may still open them for so long
-_ROW_GROUP = 16_384  # rows; bounds the memory of a merge (a decision is about 1 KiB)
 _MAX_OBJECT = 16 << 20  # bytes of a JSON line; DuckDB's default
 _MEMORY_LIMIT = "512MB"
 
@@ -55,6 +56,8 @@ class Table(NamedTuple):
     """Field of a JSON line -> DuckDB type it is read as."""
     columns: Mapping[str, tuple[str, str]]
     """Column -> (DuckDB type, SQL expression over the JSON fields)."""
+    row_group: int = 16_384
+    """Rows that are in memory together when segments are merged (a decision is about 1 KiB)."""
 
 
 class Segment(NamedTuple):
@@ -94,7 +97,7 @@ def parse_id(entry_id: str) -> StreamId:
 
 def day_of(entry_id: StreamId) -> str:
     """Return the UTC day of an entry id as YYYY-MM-DD."""
-    return _day(entry_id[0] // 86_400_000)
+    return _day(min(entry_id[0], MAX_ID_MS) // 86_400_000)
 
 
 @lru_cache(maxsize=64)
@@ -180,6 +183,8 @@ class SegmentWriter:
         self._rows: dict[tuple[str, str], list[bytes]] = {}
         self._bytes = 0
         self._orphans: set[Path] = set()  # written by a flush that then failed
+        self._merging = threading.Lock()
+        self._closed = False
         self._retired: deque[tuple[float, Path]] = deque()
         self._sweep()
 
@@ -287,10 +292,15 @@ class SegmentWriter:
         )
 
     def close(self) -> None:
-        """Delete superseded segments and let the next writer in; does not flush."""
-        self._delete_retired(float("inf"))
-        self._duckdb.close()
-        os.close(self._lock)
+        """Delete superseded segments and let the next writer in; does not flush.
+
+        A merge that another thread has begun is waited for.
+        """
+        with self._merging:
+            self._closed = True
+            self._delete_retired(float("inf"))
+            self._duckdb.close()
+            os.close(self._lock)
 
     def _write(self, table: str, day: str, lines: list[bytes]) -> Path:
         spec = self.tables[table]
@@ -308,20 +318,22 @@ class SegmentWriter:
                 f"format = 'newline_delimited', columns = {{{fields}}}, "
                 f"maximum_object_size = {max(_MAX_OBJECT, *map(len, lines)) + 1})",
                 path,
+                spec.row_group,
             )
         finally:
             source.unlink(missing_ok=True)
         self._orphans.add(path)
         return path
 
-    def _copy(self, query: str, path: Path) -> None:
+    def _copy(self, query: str, path: Path, row_group: int) -> None:
         """Write a query's rows to a file that appears whole and durable, or not at all."""
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             with self._duckdb.cursor() as cursor:
                 cursor.execute(
                     f"COPY ({query}) TO {_quote(temporary)} "
-                    f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROW_GROUP})"
+                    "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, "  # 3 costs twice that
+                    f"ROW_GROUP_SIZE {row_group})"
                 )
             sync(temporary)
             os.replace(temporary, path)
@@ -362,7 +374,11 @@ class SegmentWriter:
             return 0
         first, last = segments[0].first, max(segment.last for segment in segments)
         path = self.directory / table.name / f"day={day}" / f"{_text(first)}_{_text(last)}.parquet"
-        self._copy(relation(table, [segment.path for segment in segments]), path)
+        rows = relation(table, [segment.path for segment in segments])
+        with self._merging:
+            if self._closed:
+                return 0
+            self._copy(rows, path, table.row_group)
         deadline = time.monotonic() + _GRACE_S
         sources = [segment.path for segment in segments if segment.path != path]
         self._retired.extend((deadline, source) for source in sources)
