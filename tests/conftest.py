@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from tests import acl
 from tests.chaos.policy import lively
 from worker.embedded import RedisServer, ServerBinary, find_servers
 
@@ -15,6 +16,9 @@ SERVERS: dict[str, ServerBinary] = {}
 for _found in find_servers():
     SERVERS.setdefault(_found.tier, _found)
 TIERS = ["6.2", "7"] if "7" in SERVERS else ["6.2"]
+if acl.ENABLED:
+    TIERS = ["7"]  # 6.2 has no selectors
+    acl.install()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -27,6 +31,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             "Redis tier 7: NOT RUN, no redis-server or valkey-server >= 7 on PATH", yellow=True
         )
+
+
+@pytest.fixture(autouse=True)
+def role(request: pytest.FixtureRequest) -> None:
+    """The programs that a test starts have the shipped permissions, when those are to be tried."""
+    if acl.ENABLED:
+        acl.choose(request.module.__name__.rpartition(".")[2])
 
 
 @pytest.fixture(scope="session", params=TIERS)
