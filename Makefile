@@ -11,7 +11,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system check lint type format bench chaos calibrate policy clean
+.PHONY: help setup demo test test-system test-acl check lint type format bench chaos calibrate policy clean
 
 help:    ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: .venv/.everything   ## run the test suite
 test-system: .venv/.everything ## the tests that need systemd, Sentinel, Prometheus and Chromium
 	@tests/system/tools.sh
 	@$(BIN)/python -m pytest tests/system $(ARGS)
+
+test-acl: .venv/.everything ## the worker's tests again, as the users of deploy/redis/users.acl
+	@RLV3_TEST_ACL=1 $(BIN)/python -m pytest tests/worker $(ARGS)
 
 check: lint type          ## lint, formatting and types
 
