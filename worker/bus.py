@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import inspect
 import json
 import math
 import time
@@ -21,12 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 from hiredis import pack_command
-from redis.asyncio import ConnectionPool
-from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -38,6 +34,7 @@ from redis.exceptions import (
 
 from rlv3.errors import ConfigError
 from shadow.records import SCHEMA_VERSION, Commit, Entry, Output
+from worker.address import SCHEMES, open_pool, quiet, shown
 from worker.errors import CheckFailed, Fenced, RedisUnavailable
 from worker.keys import Keys
 from worker.losses import ORIGIN, Loss, Losses, StreamInfo, entry_key
@@ -126,24 +123,17 @@ class _Script:
 _ACQUIRE, _COMMIT, _TRIM = _Script("acquire.lua"), _Script("commit.lua"), _Script("trim.lua")
 
 
-def shown(url: str) -> str:
-    """Return a URL without its password."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
 class _Link:
     """One connection without retries; a command list is one round trip."""
 
     def __init__(self, url: str) -> None:
         self.url = shown(url)
         try:
-            pool = ConnectionPool.from_url(url, **_options())
-            self._connection = pool.make_connection()  # type: ignore[no-untyped-call]
+            self._pool = open_pool(url, **_options())  # Sentinel's connections refer to it
+            self._connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise ConfigError(
-                f"expected a Redis URL (redis://, rediss:// or unix://), found {self.url!r}: "
-                f"{error}"
+                f"expected a Redis URL ({', '.join(SCHEMES)}), found {self.url!r}: {error}"
             ) from error
 
     async def send(self, *commands: Sequence[Any]) -> list[Any]:
@@ -214,10 +204,7 @@ def _options() -> dict[str, Any]:
         "decode_responses": False,
         "protocol": 2,
     }
-    # no CLIENT SETINFO: a read-only user may not be allowed to send it; named anew in redis-py 7.2
-    known = inspect.signature(AbstractConnection.__init__).parameters
-    quiet = ("driver_info",) if "driver_info" in known else ("lib_name", "lib_version")
-    return options | dict.fromkeys(quiet)
+    return options | quiet()
 
 
 class Bus:
