@@ -24,6 +24,7 @@ from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 
 SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "rediss+sentinel://")
 _SENTINEL_PORT = 26_379
+_OF_SENTINELS = ("retry", "protocol", "driver_info", "lib_name", "lib_version")
 
 
 def shown(url: str) -> str:
@@ -66,11 +67,11 @@ def open_pool(url: str, **options: Any) -> ConnectionPool:
     # redis-py reads login, database and TLS out of a plain URL; the address is Sentinel's to give
     plain = f"{parts.scheme.partition('+')[0]}://{login}@sentinel/{db or 0}?{urlencode(query)}"
     template = ConnectionPool.from_url(plain, **options)
-    settings = dict(template.connection_kwargs)
-    for field in ("host", "port"):
-        settings.pop(field, None)
+    # until Sentinel has answered there is no address; redis-py's default is somebody else's server
+    settings = dict(template.connection_kwargs) | {"host": "127.0.0.1", "port": 0}
+    common = {k: v for k, v in options.items() if k.startswith("socket_") or k in _OF_SENTINELS}
     sentinels = Sentinel(  # type: ignore[no-untyped-call]
-        [_place(text) for text in places.split(",")], sentinel_kwargs=options | to_sentinels
+        [_place(text) for text in places.split(",")], sentinel_kwargs=common | to_sentinels
     )
     tls = parts.scheme.startswith("rediss")
     return _SentinelPool(name, sentinels, ssl=tls, **settings)  # type: ignore[no-untyped-call]

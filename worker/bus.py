@@ -141,6 +141,8 @@ class _Link:
         link = self._connection
         try:
             packed = b"".join([pack_command(tuple(command)) for command in commands])
+            if not link.is_connected:
+                await link.connect()  # sending opens a connection as well, but asks no Sentinel
             await link.send_packed_command(packed, check_health=False)
             return [await self._reply() for _ in commands]
         except (RedisError, OSError) as error:
@@ -533,9 +535,8 @@ class Bus:
 
         args: list[Any] = [len(commit.outputs)]
         for output in commit.outputs:
-            # a name that is not ours has no key: nothing else can ever be written to
             args += (
-                place(self._outputs[output.event_type]), output.event_type, self._payload(output),
+                place(self._key_of(output.event_type)), output.event_type, self._payload(output),
                 output.trace_id, output.correlation_id,
             )  # fmt: skip
         args.append(len(forget))
@@ -552,6 +553,14 @@ class Bus:
         for field in meta.items():
             args += field
         return keys, args
+
+    def _key_of(self, event_type: str) -> str:
+        """Return the key of an output of ours; nothing else can ever be appended to."""
+        key = self._outputs.get(event_type)
+        if key is None:
+            allowed = ", ".join(self._outputs)
+            raise AssertionError(f"may append to {allowed} alone, was asked for {event_type}")
+        return key
 
     def _payload(self, output: Output) -> bytes:
         if output.event_type.startswith("dlq:"):

@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from tests.acl import FILE, users
-from tests.conftest import SERVERS, TIERS
+from tests.conftest import SERVERS, TIER_7
 from worker.embedded import RedisServer
 from worker.keys import OTHERS, OTHERS_KEYS, Keys
 
@@ -50,7 +50,7 @@ GLOBAL = [
 """What hurts a server, or tells what is nobody's business."""
 
 
-@pytest.fixture(scope="module", params=[tier for tier in TIERS if tier == "7"])
+@pytest.fixture(scope="module", params=TIER_7)
 def guarded(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RedisServer]:

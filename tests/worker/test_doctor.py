@@ -13,6 +13,7 @@ import redis
 from typer.testing import CliRunner
 
 from tests.acl import ENABLED, FILE, users
+from tests.conftest import TIER_7
 from worker.cli import app
 from worker.config import load_config
 from worker.doctor import artifact, clock, memory_rows, server_rows, stream_row
@@ -68,7 +69,7 @@ def test_an_open_server_is_a_danger_and_every_problem_has_a_remedy(
 
 
 @pytest.mark.skipif(ENABLED, reason="gives a user of its own")
-@pytest.mark.parametrize("tier", ["7"], scope="session")
+@pytest.mark.parametrize("tier", TIER_7, scope="session")
 def test_two_servers_with_the_shipped_users_are_well(
     redis_server: RedisServer, durable_server: RedisServer, client: redis.Redis
 ) -> None:
