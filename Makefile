@@ -24,7 +24,7 @@ demo: .venv/.serving      ## run the whole product for a minute on a private Red
 test: .venv/.everything   ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-system: .venv/.everything ## the tests that need systemd, Sentinel, Prometheus and Chromium
+test-system: .venv/.system ## the tests that need systemd, Sentinel, Prometheus and Chromium
 	@tests/system/tools.sh
 	@$(BIN)/python -m pytest tests/system $(ARGS)
 
@@ -68,6 +68,10 @@ clean:   ## remove the environment, caches and output
 	@$(PYTHON) -m venv .venv
 	@$(PIP) setuptools
 	@$(PIP) --no-build-isolation -e '.[embedded]'
+	@touch $@
+
+.venv/.system: .venv/.everything
+	@$(PIP) --no-build-isolation -e '.[system]'
 	@touch $@
 
 .venv/.everything: .venv/.serving
