@@ -11,7 +11,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-store test test-system check lint type format bench bench-report recorder chaos trims fuzz calibrate policy clean
+.PHONY: help setup demo demo-store test test-system test-acl check lint type format bench bench-report recorder chaos trims fuzz calibrate policy clean
 
 help:    ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,9 +27,12 @@ demo-store: .venv/.serving ## thirty simulated days of five symbols into out/dem
 test: .venv/.everything   ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-system: .venv/.everything ## the tests that need systemd, Sentinel, Prometheus and Chromium
+test-system: .venv/.system ## the tests that need systemd, Sentinel, Prometheus and Chromium
 	@tests/system/tools.sh
 	@$(BIN)/python -m pytest tests/system $(ARGS)
+
+test-acl: .venv/.everything ## the worker's tests again, as the users of deploy/redis/users.acl
+	@RLV3_TEST_ACL=1 $(BIN)/python -m pytest tests/worker $(ARGS)
 
 check: lint type          ## lint, formatting and types
 
@@ -83,6 +86,10 @@ clean:   ## remove the environment, caches and output
 	@$(PYTHON) -m venv .venv
 	@$(PIP) setuptools
 	@$(PIP) --no-build-isolation -e '.[embedded]'
+	@touch $@
+
+.venv/.system: .venv/.everything
+	@$(PIP) --no-build-isolation -e '.[system]'
 	@touch $@
 
 .venv/.everything: .venv/.serving

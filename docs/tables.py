@@ -150,8 +150,8 @@ def json_type(annotation: str) -> str:
     return "object" if annotation.startswith("dict[") else JSON_TYPES[annotation]
 
 
-def fields(record: type[msgspec.Struct]) -> str:
-    """Return name, JSON type and meaning of every field of a record, from its source."""
+def described(record: type[msgspec.Struct]) -> dict[str, tuple[str, str]]:
+    """Return name -> JSON type and meaning of every field of a record, from its source."""
     body = ast.parse(inspect.getsource(record)).body[0]
     assert isinstance(body, ast.ClassDef)
     found: dict[str, list[str]] = {}
@@ -162,9 +162,14 @@ def fields(record: type[msgspec.Struct]) -> str:
             found[last] = [json_type(ast.unparse(node.annotation)), MEANINGS.get(last, "")]
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             found[last][1] = " ".join(str(node.value.value).split()).rstrip(".")
+    return {name: (kind, meaning) for name, (kind, meaning) in found.items()}
+
+
+def fields(record: type[msgspec.Struct]) -> str:
+    """Return the table of a record's fields."""
     tag = record.__struct_config__.tag
     first = [("`kind`", "string", f"`{tag}`")] if tag else []
-    rows = [*first, *((f"`{name}`", *rest) for name, rest in found.items())]
+    rows = [*first, *((f"`{name}`", *rest) for name, rest in described(record).items())]
     return table(("field", "type", "meaning"), rows)
 
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
+from tests import acl
 from tests.chaos.policy import lively
 from worker.embedded import RedisServer, ServerBinary, find_servers
 
+DEFAULT_PORT = 6379
 SERVERS: dict[str, ServerBinary] = {}
 for _found in find_servers():
     SERVERS.setdefault(_found.tier, _found)
 TIERS = ["6.2", "7"] if "7" in SERVERS else ["6.2"]
+if acl.ENABLED:
+    TIERS = ["7"]  # 6.2 has no selectors
+    acl.install()
+    collect_ignore = ["worker/test_acl.py", "worker/test_embedded.py"]  # about servers of their own
+TIER_7 = [tier for tier in TIERS if tier == "7"]
+"""For `parametrize("tier", TIER_7, scope="session")`: what Redis 6.2 cannot do."""
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -27,6 +37,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             "Redis tier 7: NOT RUN, no redis-server or valkey-server >= 7 on PATH", yellow=True
         )
+
+
+@pytest.fixture(autouse=True)
+def _default_port_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever listens on Redis's default port is somebody's: no test goes there."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and address[1] == DEFAULT_PORT:
+            raise PermissionError(f"a test tried to connect to {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def role(request: pytest.FixtureRequest) -> None:
+    """The programs that a test starts have the shipped permissions, when those are to be tried."""
+    if acl.ENABLED:
+        acl.choose(request.module.__name__.rpartition(".")[2])
 
 
 @pytest.fixture(scope="session", params=TIERS)

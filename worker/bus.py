@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import inspect
 import json
 import math
 import time
@@ -22,13 +21,10 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from itertools import chain
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import msgpack
 import msgspec
 from hiredis import pack_command
-from redis.asyncio import ConnectionPool
-from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -40,6 +36,7 @@ from redis.exceptions import (
 
 from rlv3.errors import ConfigError
 from shadow.records import SCHEMA_VERSION, Commit, Entry, Output
+from worker.address import SCHEMES, open_pool, quiet, shown
 from worker.errors import CheckFailed, Fenced, RedisUnavailable
 from worker.keys import REPLAY, Keys
 from worker.losses import ORIGIN, Loss, Losses, StreamInfo, entry_key
@@ -136,24 +133,17 @@ class _Script:
 _ACQUIRE, _COMMIT, _TRIM = _Script("acquire.lua"), _Script("commit.lua"), _Script("trim.lua")
 
 
-def shown(url: str) -> str:
-    """Return a URL without its password."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
 class _Link:
     """One connection without retries; a command list is one round trip."""
 
     def __init__(self, url: str) -> None:
         self.url = shown(url)
         try:
-            pool = ConnectionPool.from_url(url, **_options())
-            self._connection = pool.make_connection()  # type: ignore[no-untyped-call]
+            self._pool = open_pool(url, **_options())  # Sentinel's connections refer to it
+            self._connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise ConfigError(
-                f"expected a Redis URL (redis://, rediss:// or unix://), found {self.url!r}: "
-                f"{error}"
+                f"expected a Redis URL ({', '.join(SCHEMES)}), found {self.url!r}: {error}"
             ) from error
 
     async def send(self, *commands: Sequence[Any]) -> list[Any]:
@@ -161,6 +151,8 @@ class _Link:
         link = self._connection
         try:
             packed = b"".join([pack_command(tuple(command)) for command in commands])
+            if not link.is_connected:
+                await link.connect()  # sending opens a connection as well, but asks no Sentinel
             await link.send_packed_command(packed, check_health=False)
             return [await self._reply() for _ in commands]
         except (RedisError, OSError) as error:
@@ -224,10 +216,7 @@ def _options() -> dict[str, Any]:
         "decode_responses": False,
         "protocol": 2,
     }
-    # no CLIENT SETINFO: a read-only user may not be allowed to send it; named anew in redis-py 7.2
-    known = inspect.signature(AbstractConnection.__init__).parameters
-    quiet = ("driver_info",) if "driver_info" in known else ("lib_name", "lib_version")
-    return options | dict.fromkeys(quiet)
+    return options | quiet()
 
 
 class Bus:
@@ -583,9 +572,8 @@ class Bus:
             keys.append(key)
             return len(keys)
 
-        # a name that is not ours has no key: nothing else can ever be written to
         types = dict.fromkeys([output.event_type for output in commit.outputs])
-        places = {event_type: place(self._outputs[event_type]) for event_type in types}
+        places = {event_type: place(self._key_of(event_type)) for event_type in types}
         states = [
             (place(self.keys.state(symbol)), symbol, list(chain.from_iterable(cells.items())))
             for symbol, cells in commit.cells.items()
@@ -596,6 +584,14 @@ class Bus:
             fields += (f"n:{event_type}:{outcome}", str(count))
         forgotten = [place(self.keys.state(symbol)) for symbol in forget]
         return keys, _pack((places, self._coded(commit.outputs), forgotten, states, fields))
+
+    def _key_of(self, event_type: str) -> str:
+        """Return the key of an output of ours; nothing else can ever be appended to."""
+        key = self._outputs.get(event_type)
+        if key is None:
+            allowed = ", ".join(self._outputs)
+            raise AssertionError(f"may append to {allowed} alone, was asked for {event_type}")
+        return key
 
     def _coded(self, outputs: list[Output]) -> list[Output]:
         """Return the outputs with their payloads in our codec, whatever is JSON still."""

@@ -35,6 +35,14 @@ Prefix = Annotated[
     str | None, typer.Option(help="First part of every key. (env: RLV3_PREFIX) (default: quantum)")
 ]
 
+Inputs = Annotated[str | None, typer.Option(help="More input streams, comma-separated, or `all`.")]
+PolicyFile = Annotated[
+    str | None, typer.Option(help="Artifact that decides. (default: the shipped one)")
+]
+Untrained = Annotated[
+    bool | None, typer.Option("--allow-untrained", help="Serve a policy that never trained.")
+]
+
 
 @app.command()
 def run(
@@ -42,19 +50,12 @@ def run(
     source_url: SourceUrl = None,
     sink_url: SinkUrl = None,
     prefix: Prefix = None,
-    inputs: Annotated[
-        str | None,
-        typer.Option(help="More input streams, comma-separated, or `all`."),
-    ] = None,
+    inputs: Inputs = None,
     tick_sources: Annotated[
         str | None, typer.Option(help="Sources whose ticks count, comma-separated. (default: all)")
     ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="Artifact that decides. (default: the shipped one)")
-    ] = None,
-    allow_untrained: Annotated[
-        bool | None, typer.Option("--allow-untrained", help="Serve a policy that never trained.")
-    ] = None,
+    policy: PolicyFile = None,
+    allow_untrained: Untrained = None,
     rl_v2: Annotated[
         str | None,
         typer.Option(help="Who plays RL v2: reference, bus or off. (default: reference)"),
@@ -87,6 +88,10 @@ def run(
     ] = None,
     max_batch: Annotated[
         str | None, typer.Option(help="Events per commit; changes no result. (default: 64)")
+    ] = None,
+    require_acl: Annotated[
+        bool | None,
+        typer.Option("--require-acl", help="Refuse a Redis user that could trade: exit 4."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with the same names. (env: RLV3_CONFIG)")
@@ -158,6 +163,44 @@ def audit(
     if store is not None:
         audit_.leave(found, store)
     audit_.show(found)
+
+
+@app.command()
+def doctor(
+    redis_url: Url = None,
+    source_url: SourceUrl = None,
+    sink_url: SinkUrl = None,
+    prefix: Prefix = None,
+    inputs: Inputs = None,
+    policy: PolicyFile = None,
+    allow_untrained: Untrained = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the rows as one JSON array.")] = False,
+) -> None:
+    """Say whether the worker can live beside this Redis, and what to do; exit 4 on a danger.
+
+    Run it with the settings and as the Redis user of the worker. It writes nothing.
+    """
+    from worker import doctor as doctor_
+
+    flags = {name: value for name, value in locals().items() if name not in ("json", "doctor_")}
+    doctor_.command(load_config(flags, os.environ), as_json=json)
+
+
+@app.command()
+def uninstall(
+    redis_url: Url = None,
+    prefix: Prefix = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would go, and remove nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also while a worker runs.")] = False,
+) -> None:
+    """Remove our streams, dead letters, state and artifacts from Redis, and nothing else."""
+    from worker import uninstall as uninstall_
+
+    where = _where(redis_url, prefix)
+    asyncio.run(uninstall_.uninstall(where, yes=yes, dry_run=dry_run, force=force))
 
 
 @app.command()

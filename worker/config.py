@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 from rlv3.errors import ConfigError
 from rlv3.policy import shipped_policy
+from worker.address import SCHEMES
 from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY
 
 SHIPPED = shipped_policy()
@@ -67,7 +68,16 @@ class WorkerConfig:
     """Hard cap of the comparison stream."""
     dlq_cap: int = 10_000
     """Dead letters kept per input stream."""
+    require_acl: bool = False
+    """Refuse to start as a Redis user that could write to the trading system."""
     log_level: str = "INFO"
+
+    @property
+    def servers(self) -> dict[str, str]:
+        """What each server is to us -> its URL."""
+        if self.source_url == self.sink_url:
+            return {"Redis": self.sink_url}
+        return {"source": self.source_url, "sink": self.sink_url}
 
 
 def load_config(
@@ -169,9 +179,9 @@ def _environment_url(environ: Mapping[str, str]) -> str | None:
 
 def _url(label: str, value: Any) -> str:
     text = str(value)
-    if not text.startswith(("redis://", "rediss://", "unix://")):
+    if not text.startswith(SCHEMES):
         found = text.rpartition("@")[2]  # never show a password
-        raise ConfigError(f"{label} must start with redis://, rediss:// or unix://, was {found!r}")
+        raise ConfigError(f"{label} must start with {', '.join(SCHEMES)}, was {found!r}")
     return text
 
 
@@ -285,4 +295,5 @@ _SETTINGS: dict[str, Parser] = {
     "decisions_cap": _whole(1, 100_000_000),
     "comparisons_cap": _whole(1, 100_000_000),
     "dlq_cap": _whole(1, 100_000_000),
+    "require_acl": _switch,
 }

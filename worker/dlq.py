@@ -21,7 +21,8 @@ from rlv3 import console
 from rlv3.errors import ConfigError
 from shadow import codec
 from shadow.records import Entry
-from worker.bus import KEPT, shown
+from worker.address import shown
+from worker.bus import KEPT
 from worker.errors import CheckFailed, RedisUnavailable
 from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY, Keys
 from worker.tail import connected

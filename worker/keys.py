@@ -26,6 +26,48 @@ OPTIONAL_INPUTS: tuple[str, ...] = (
 )
 """More streams that `--inputs` may add; their rank follows the default ones."""
 
+OTHERS: tuple[str, ...] = (
+    *INPUTS,
+    *OPTIONAL_INPUTS,
+    "account.balance",
+    "ai.signal.generated",
+    "apply.plan",
+    "apply.plan.manual",
+    "apply.result",
+    "exchange.raw",
+    "execution.result",
+    "exit.intent",
+    "harvest.intent",
+    "market.regime.changed",
+    "market.regime_changed",
+    "marketstate",
+    "meta.regime",
+    "portfolio.state",
+    "position.snapshot",
+    "regime.changed",
+    "rl.reward_received",
+    "rl.strategy_selected",
+    "rl_v3.training.completed",
+    "rl_v3.training.started",
+    "shadow.intent",
+    "trade.executed",
+    "trade.execution.res",
+)
+"""Every stream of the trading system: none of them is ours to append to."""
+
+OTHERS_KEYS: tuple[str, ...] = (
+    "governor:state",
+    "kill",
+    "market:BTCUSDT:bybit",
+    "marketstate:BTCUSDT",
+    "mode",
+    "position:BTCUSDT",
+    "rl:policy:BTCUSDT",
+    "svc:ai_engine:heartbeat",
+    "ticker:BTCUSDT",
+)
+"""Keys of the trading system that are no streams, one of each kind, without the prefix."""
+
 
 REPLAY = "rl_v3.replay"
 """Our own input, read after all others: dead letters' entries that `dlq replay` sent in again."""
@@ -43,6 +85,10 @@ class Keys(NamedTuple):
     def dlq(self, event_type: str) -> str:
         """Key of our dead letters about an input stream."""
         return f"{self.prefix}:dlq:{event_type}"
+
+    def other(self, name: str) -> str:
+        """A key of the trading system, as `OTHERS_KEYS` names it."""
+        return f"{self.prefix}:{name}"
 
     @property
     def decisions(self) -> str:

@@ -33,13 +33,16 @@ from shadow.pipeline import Pipeline, Settings
 from shadow.records import Commit, Entry, decode_comparison, encode, encode_msgpack
 from shadow.rl_v2 import QTables
 from shadow.symbol import StateError
+from worker.address import shown
 from worker.artifact import LOOK_S, ArtifactWatch, policy_at_start
 from worker.bus import Batch, Bus, BusError, Start, StateLost
 from worker.config import WorkerConfig
-from worker.errors import RedisUnavailable
+from worker.errors import CheckFailed, RedisUnavailable
 from worker.keys import Keys
 from worker.logs import Log, log_comparison
+from worker.permission import harm
 from worker.progress import Progress, Watchdog
+from worker.tail import AWAY, connected
 
 READ_COUNT = 256
 """Entries asked of each stream at a time."""
@@ -159,6 +162,7 @@ class Worker:
                 msg=f"Redis {'.'.join(map(str, server.version))} at {server.url}",
                 tier=server.tier,
             )
+        await self._look_at_permissions()
         watching = asyncio.create_task(self._watch_artifact())
         try:
             with Watchdog(self.progress, self.log):
@@ -171,6 +175,31 @@ class Worker:
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+
+    async def _look_at_permissions(self) -> None:
+        """Say loudly when Redis would not stop us from trading.
+
+        Raises:
+            CheckFailed: it would not, and the configuration requires that it does.
+        """
+        for url in self.config.servers.values():
+            try:
+                async with connected(url) as link:
+                    found = await harm(link, self.bus.keys)
+            except AWAY as error:
+                raise RedisUnavailable(
+                    f"expected {shown(url)} to say what its user may do, found: {error}"
+                ) from error
+            if not found.commands:
+                continue
+            if self.config.require_acl:
+                raise CheckFailed(f"--require-acl: {found.sentence(shown(url))}")
+            self.log.warning(
+                "USER_COULD_TRADE",
+                msg=f"{found.sentence(shown(url))}; the worker never does, but Redis would let it",
+                commands=len(found.commands),
+                found_by=found.way,
+            )
 
     async def _serve_on(self) -> None:
         while not self._stopping.is_set():

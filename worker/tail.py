@@ -21,6 +21,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from shadow.segments import START, parse_id, write_durably
+from worker.address import open_client, quiet, shown
 from worker.errors import RedisUnavailable
 from worker.keys import Keys
 
@@ -46,14 +47,15 @@ async def connected(url: str) -> AsyncIterator[Redis]:
     Raises:
         RedisUnavailable: the server does not answer, or refuses us.
     """
-    place = url.rpartition("@")[2]
+    place = shown(url).partition("://")[2]
     try:
-        link = Redis.from_url(
+        link = open_client(
             url,
             protocol=2,
             socket_timeout=SOCKET_TIMEOUT_S,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
+            **quiet(),
         )
     except ValueError as error:
         raise RedisUnavailable(f"expected a Redis URL, found {place!r}: {error}") from error

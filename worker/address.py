@@ -1,0 +1,104 @@
+"""Where is Redis, and how is a connection to it opened? Every form of URL that we take.
+
+    redis://[user:password@]host:port/db            plain
+    rediss://…?ssl_ca_certs=FILE                    TLS; also ssl_certfile, ssl_keyfile
+    unix://path?db=0                                a socket
+    redis+sentinel://[user:password@]host:port,host:port/name/db
+                                                    whoever is the master of `name` now; with
+                                                    rediss+sentinel:// it speaks TLS; also
+                                                    ?sentinel_username, ?sentinel_password
+
+A connection behind Sentinel asks for the master whenever it opens, and a master that was demoted
+counts as gone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+
+SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "rediss+sentinel://")
+_SENTINEL_PORT = 26_379
+_OF_SENTINELS = ("retry", "protocol", "driver_info", "lib_name", "lib_version")
+
+
+def shown(url: str) -> str:
+    """Return a URL without its password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def quiet() -> dict[str, None]:
+    """Return options without CLIENT SETINFO, which a user with few permissions may not send."""
+    known = inspect.signature(AbstractConnection.__init__).parameters
+    # named anew in redis-py 7.2
+    return dict.fromkeys(
+        ("driver_info",) if "driver_info" in known else ("lib_name", "lib_version")
+    )
+
+
+def open_pool(url: str, **options: Any) -> ConnectionPool:
+    """Return a pool of connections to a URL; nothing is opened yet.
+
+    Args:
+        url: one of the forms above.
+        options: keyword arguments of redis-py's connections.
+    Raises:
+        ValueError: it is no URL that we take.
+    """
+    if "+sentinel://" not in url:
+        return ConnectionPool.from_url(url, **options)
+    parts = urlsplit(url)
+    name, _, db = parts.path.strip("/").partition("/")
+    if not name or not (db or "0").isdigit():
+        raise ValueError("a Sentinel URL ends with /NAME or /NAME/DB")
+    login, _, places = parts.netloc.rpartition("@")
+    query = dict(parse_qsl(parts.query))
+    to_sentinels = {
+        field.removeprefix("sentinel_"): query.pop(field)
+        for field in ("sentinel_username", "sentinel_password")
+        if field in query
+    }
+    # redis-py reads login, database and TLS out of a plain URL; the address is Sentinel's to give
+    plain = f"{parts.scheme.partition('+')[0]}://{login}@sentinel/{db or 0}?{urlencode(query)}"
+    template = ConnectionPool.from_url(plain, **options)
+    # until Sentinel has answered there is no address; redis-py's default is somebody else's server
+    settings = dict(template.connection_kwargs) | {"host": "127.0.0.1", "port": 0}
+    common = {k: v for k, v in options.items() if k.startswith("socket_") or k in _OF_SENTINELS}
+    sentinels = Sentinel(  # type: ignore[no-untyped-call]
+        [_place(text) for text in places.split(",")], sentinel_kwargs=common | to_sentinels
+    )
+    tls = parts.scheme.startswith("rediss")
+    return _SentinelPool(name, sentinels, ssl=tls, **settings)  # type: ignore[no-untyped-call]
+
+
+class _SentinelPool(SentinelConnectionPool):
+    """Asks Sentinel for the master and keeps no connection to it afterwards."""
+
+    async def get_master_address(self) -> Any:
+        try:
+            return await super().get_master_address()  # type: ignore[no-untyped-call]
+        finally:
+            for sentinel in self.sentinel_manager.sentinels:
+                await sentinel.aclose()
+
+
+def open_client(url: str, **options: Any) -> Redis:
+    """Return a client of a URL; nothing is opened yet.
+
+    Raises:
+        ValueError: it is no URL that we take.
+    """
+    return Redis.from_pool(open_pool(url, **options))
+
+
+def _place(text: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    if not parts.hostname:
+        raise ValueError(f"expected host:port of a Sentinel, found {text!r}")
+    return unquote(parts.hostname), parts.port or _SENTINEL_PORT
