@@ -13,14 +13,15 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.metadata import version
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import uvicorn
+import uvloop
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
@@ -34,6 +35,7 @@ from worker.config import ApiConfig
 from worker.guard import Guard
 from worker.keys import Keys
 from worker.logs import Log
+from worker.meter import rss_bytes
 from worker.monitor import RECENT, SILENT_S, Monitor, View
 from worker.reports import Reports
 
@@ -252,7 +254,7 @@ class Api:
 
     async def metrics(self) -> Response:
         """Return everything in Prometheus's text format."""
-        figures = metrics.HttpFigures(dict(self.app.answered), _rss_bytes())
+        figures = metrics.HttpFigures(dict(self.app.answered), rss_bytes())
         return Response(
             metrics.page(self.monitor.view, figures),
             headers={"content-type": metrics.CONTENT_TYPE},
@@ -465,14 +467,6 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _rss_bytes() -> int | None:
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 # -- the process ----------------------------------------------------------------------------------
 
 
@@ -489,6 +483,14 @@ class _Server(uvicorn.Server):
             for server in self.servers:
                 for found in server.sockets:
                     self._listens(*found.getsockname()[:2])
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """End in order, with exit code 0: uvicorn's own would raise the signal once more."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
 
 
 def serve(config: ApiConfig, log: Log) -> None:
@@ -517,20 +519,10 @@ def serve(config: ApiConfig, log: Log) -> None:
         return server.started
 
     try:
-        started = uvicorn_run(run)
+        started = uvloop.run(run())
     except SystemExit as error:  # uvicorn's way to say that it cannot bind
         raise ConfigError(
             f"expected {config.host}:{config.port} to be free to listen on, found that it is not"
         ) from error
     if started:
         log.info("API_STOPPED", msg="no more requests are answered")
-
-
-def uvicorn_run(work: Callable[[], Awaitable[bool]]) -> bool:
-    """Run on uvloop, where it is there."""
-    import uvloop
-
-    async def main() -> bool:
-        return await work()
-
-    return uvloop.run(main())

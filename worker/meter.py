@@ -5,9 +5,11 @@ Everything is counted once per commit or per comparison row, and added up when s
 
 from __future__ import annotations
 
+import os
 import time
 from bisect import bisect_right
 from collections import Counter, deque
+from pathlib import Path
 
 from rlv3.policy import Policy
 from shadow.drift import Window
@@ -130,3 +132,12 @@ def _add(histogram: Histogram, seconds: list[float]) -> None:
             break
     counts[-1] += n - done
     histogram.sum_s += sum(seconds)
+
+
+def rss_bytes() -> int | None:
+    """Return the resident memory of this process where the kernel tells (Linux)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

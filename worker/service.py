@@ -24,7 +24,6 @@ import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rlv3.errors import PolicyError
@@ -39,7 +38,7 @@ from worker.config import WorkerConfig
 from worker.errors import Fenced, RedisUnavailable
 from worker.keys import Keys
 from worker.logs import Log, log_comparison
-from worker.meter import Meter
+from worker.meter import Meter, rss_bytes
 from worker.progress import Progress, Watchdog
 from worker.status import FORMAT, PUBLISH_S, PolicyInfo, Status, encode
 
@@ -527,7 +526,7 @@ class Worker:
                 bars=meter.bars,
                 missing=missing,
                 drift=drift,
-                rss_bytes=_rss_bytes(),
+                rss_bytes=rss_bytes(),
                 disagreements=meter.disagreements(),
             )
         )
@@ -543,7 +542,7 @@ class Worker:
 
     def figures(self) -> dict[str, Any]:
         """Return the minute's figures as plain values."""
-        rss = _rss_bytes()
+        rss = rss_bytes()
         ordered = sorted(self._latencies)
         return {
             "events_total": self._totals(),
@@ -596,12 +595,3 @@ def _quantile(ordered: list[float], q: float) -> float | None:
     if not ordered:
         return None
     return round(ordered[min(len(ordered) - 1, int(q * len(ordered)))], 2)
-
-
-def _rss_bytes() -> int | None:
-    """Return resident memory where the kernel tells (Linux)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
