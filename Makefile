@@ -11,10 +11,10 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint type format bench chaos calibrate policy clean
+.PHONY: help setup demo test test-system check lint type format bench chaos calibrate policy clean
 
 help:    ## print the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.everything  ## install everything into .venv (the targets below do it when needed)
 
@@ -23,6 +23,10 @@ demo: .venv/.serving      ## run the whole product for a minute on a private Red
 
 test: .venv/.everything   ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-system: .venv/.everything ## the tests that need systemd, Sentinel, Prometheus and Chromium
+	@tests/system/tools.sh
+	@$(BIN)/python -m pytest tests/system $(ARGS)
 
 check: lint type          ## lint, formatting and types
 
