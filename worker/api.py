@@ -17,6 +17,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.metadata import version
 from importlib.resources import files
+from types import FrameType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -160,6 +161,7 @@ class Api:
 
     Attributes:
         app: the ASGI application, guarded.
+        ending: set when the process is to stop, so that watching pages let it.
         routes: the FastAPI application inside.
     """
 
@@ -167,6 +169,7 @@ class Api:
         self.monitor = monitor
         self.reports = reports
         self.watching = 0
+        self.ending = asyncio.Event()
         self.routes = self._routes()
         self.app = Guard(self.routes, token)
         self._pages = {name: load_page(f"{name}.html") for name in ("index", "docs")}
@@ -287,9 +290,10 @@ class Api:
         self.watching += 1
         try:
             yield b"retry: 2000\n\n"
-            while not await request.is_disconnected():
+            while not self.ending.is_set() and not await request.is_disconnected():
                 yield b"data: " + self._shown() + b"\n\n"
-                await asyncio.sleep(STREAM_S)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.ending.wait(), STREAM_S)
         finally:
             self.watching -= 1
 
@@ -471,11 +475,14 @@ def _mean(values: list[float]) -> float | None:
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, once it does."""
+    """Says where it listens, once it does, and ends in order."""
 
-    def __init__(self, config: uvicorn.Config, listens: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, listens: Callable[[str, int], None], ending: asyncio.Event
+    ) -> None:
         super().__init__(config)
         self._listens = listens
+        self._ending = ending
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -483,6 +490,10 @@ class _Server(uvicorn.Server):
             for server in self.servers:
                 for found in server.sockets:
                     self._listens(*found.getsockname()[:2])
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._ending.set()
+        super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -514,7 +525,7 @@ def serve(config: ApiConfig, log: Log) -> None:
             server_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=5,
             timeout_graceful_shutdown=1, ws="none", lifespan="on",
         )  # fmt: skip
-        server = _Server(settings, listens)
+        server = _Server(settings, listens, api.ending)
         await server.serve()
         return server.started
 
