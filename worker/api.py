@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.metadata import version
 from importlib.resources import files
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import uvicorn
@@ -26,7 +26,7 @@ import uvloop
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from rlv3.errors import ConfigError, DataError
 from rlv3.events import ACTION_TABLE
@@ -77,7 +77,7 @@ class Observation(BaseModel):
     position_side: float | None = _number(ge=-1, le=1)
     balance: float | None = _number()
     equity: float | None = _number()
-    regime: str | int | None = Field(default=None, max_length=32)
+    regime: Annotated[str, Field(max_length=32)] | StrictInt | None = None
     trend_strength: float | None = _number()
     volume_ratio: float | None = _number(ge=0)
     spread: float | None = _number(ge=0)
@@ -370,10 +370,10 @@ _PAGE_HEADERS = {
 async def _fields(_request: Request, error: Exception) -> Response:
     """Name each refused field, without repeating what was sent."""
     assert isinstance(error, RequestValidationError)
-    problems = []
-    for found in error.errors():
-        where = [str(part) for part in found["loc"] if part not in ("body", "query")]
-        problems.append({"field": ".".join(where) or "body", "problem": found["msg"]})
+    problems = [
+        {"field": str(found["loc"][min(1, len(found["loc"]) - 1)]), "problem": found["msg"]}
+        for found in error.errors()
+    ]
     code = 400 if any(found["type"] == "json_invalid" for found in error.errors()) else 422
     detail: Any = "expected a JSON object, found something else" if code == 400 else problems
     return JSONResponse({"detail": detail}, status_code=code)

@@ -617,10 +617,15 @@ class Bus:
         if status == b"LOST":
             raise StateLost(f"{self.keys.meta} is gone from {self._sink.url}")
 
+    async def drop(self) -> None:
+        """Close the connections of the path; the next command opens new ones."""
+        await self._source.close()
+        await self._sink.close()
+
     async def close(self) -> None:
         """Close all connections."""
-        for link in (self._source, self._sink, self._side):
-            await link.close()
+        await self.drop()
+        await self._side.close()
 
 
 def release(

@@ -7,7 +7,7 @@ against it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -96,7 +96,7 @@ METRICS: dict[str, _Row] = {
     "verdict_low_bps_per_day": _Row("gauge", "Lower bound of the confidence sequence."),
     "verdict_high_bps_per_day": _Row("gauge", "Upper bound of the confidence sequence."),
     "verdict_e_value": _Row("gauge", "Evidence against no advantage; valid at any time."),
-    "verdict_days_to_decide": _Row("gauge", "Days to a decision at today's estimate."),
+    "verdict_time_to_decide_seconds": _Row("gauge", "Time to a decision at today's estimate."),
     "http_requests": _Row("counter", "Answers of the HTTP process.", ("code",)),
     "http_resident_memory_bytes": _Row("gauge", "Memory of the HTTP process."),
 }
@@ -238,7 +238,12 @@ class _Page(Collector):
             ("verdict_low_bps_per_day", "low"),
             ("verdict_high_bps_per_day", "high"),
             ("verdict_e_value", "e_value"),
-            ("verdict_days_to_decide", "days_to_decide"),
         ):
-            value = None if found is None else found.get(field)
-            self._put(name, value if isinstance(value, int | float) else None)
+            self._put(name, _number(found, field))
+        days = _number(found, "days_to_decide")
+        self._put("verdict_time_to_decide_seconds", None if days is None else 86_400 * days)
+
+
+def _number(found: Mapping[str, Any] | None, field: str) -> float | None:
+    value = None if found is None else found.get(field)
+    return value if isinstance(value, int | float) else None

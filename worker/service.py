@@ -158,6 +158,8 @@ class Worker:
                 tier=server.tier,
             )
         beside = [asyncio.create_task(work()) for work in (self._watch_artifact, self._publish)]
+        for task in beside:
+            task.add_done_callback(self._note_end)
         try:
             with Watchdog(self.progress, self.log):
                 await self._serve_on()
@@ -175,6 +177,11 @@ class Worker:
             for task in beside:
                 task.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        """Say that a task beside the loop ended by an error, which is a defect of ours."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.log.error("TASK_FAILED", msg=f"{task.get_coro()}: {error!r}")
 
     async def _serve_on(self) -> None:
         while not self._stopping.is_set():
@@ -426,7 +433,7 @@ class Worker:
                     )
                 if self._stopping.is_set():
                     raise _Stopped from error
-                await self.bus.close()  # the other connection is as dead: do not find out later
+                await self.bus.drop()  # the other connection is as dead: do not find out later
                 await self._until_stopped(asyncio.sleep(pause))
                 pause = min(2 * pause, BACKOFF_S[1])
             else:

@@ -81,9 +81,12 @@ class Browser:
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
         )  # fmt: skip
+        seen = len(self.events)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=url)
+        self._call("Page.navigate", session=self._session, url=url)
+        while not any(found.get("method") == "Page.loadEventFired" for found in self.events[seen:]):
+            self.events.append(self._next())
 
     def value(self, expression: str) -> Any:
         """Return the value of a JavaScript expression."""

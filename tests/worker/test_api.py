@@ -317,6 +317,13 @@ def test_it_predicts_with_the_workers_policy_or_the_named_one(
     assert found == Policy.load(other_policy_file).digest
 
 
+def test_a_regime_is_a_name_or_its_index(api: Server) -> None:
+    named = api.json(f"{V3}/predict", method="POST", body={"regime": "BREAKOUT"})
+    assert api.json(f"{V3}/predict", method="POST", body={"regime": 2}) == named
+    unknown = api.json(f"{V3}/predict", method="POST", body={"regime": -7})
+    assert "regime_trend" in unknown["missing"]
+
+
 @pytest.mark.parametrize(
     ("body", "fields"),
     [
@@ -324,6 +331,7 @@ def test_it_predicts_with_the_workers_policy_or_the_named_one(
         ({"rsi": "55"}, ["rsi"]),
         ({"volatility": -1.0, "position_side": 2}, ["volatility", "position_side"]),
         ({"rsi_14": 55}, ["rsi_14"]),
+        ({"regime": "x" * 33}, ["regime", "regime"]),
         ('{"macd": NaN}', ["macd"]),
         ('{"macd": 1e999}', ["macd"]),
         ("[1]", ["body"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -11,8 +12,11 @@ from collections.abc import Iterator
 import pytest
 import schemathesis
 import uvicorn
-from hypothesis import HealthCheck, Phase, settings
-from schemathesis.checks import not_a_server_error
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis.checks import CheckFunction, not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
@@ -68,16 +72,29 @@ def description(address: str) -> schemathesis.schemas.BaseSchema:
     return schemathesis.openapi.from_url(f"{address}/openapi.json").exclude(path=ENDLESS)
 
 
-schema = schemathesis.pytest.from_fixture("description")
+def test_no_request_ends_in_an_error_of_ours(
+    description: schemathesis.schemas.BaseSchema,
+) -> None:
+    operations = [found.ok() for found in description.get_all_operations()]
+    assert len(operations) >= 11
+    for operation in operations:
+        checks = [status_code_conformance, content_type_conformance, response_schema_conformance]
+        if (operation.method.upper(), operation.path) not in REASONED:
+            checks.append(not_a_server_error)
+        for mode in GenerationMode:
+            ask(operation, mode, checks)
 
 
-@schema.parametrize()
-@settings(
-    max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
-def test_no_request_ends_in_an_error_of_ours(case: schemathesis.Case) -> None:
-    checks = [status_code_conformance, content_type_conformance, response_schema_conformance]
-    if (case.method, case.path) not in REASONED:
-        checks.append(not_a_server_error)
-    case.call_and_validate(checks=checks)
+def ask(operation: APIOperation, mode: GenerationMode, checks: list[CheckFunction]) -> None:
+    """Send requests that the description allows, or forbids."""
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=40, deadline=None, database=None, derandomize=True,
+        phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    def one(case: schemathesis.Case) -> None:
+        case.call_and_validate(checks=checks)
+
+    with contextlib.suppress(Unsatisfiable):  # a route without parameters forbids nothing
+        one()

@@ -101,7 +101,7 @@ def test_values_are_those_of_the_status() -> None:
     assert found[("feature_quantile", *quantile)] == 0.2
     assert found["verdict", ("verdict", "REJECT")] == 1
     assert found["verdict", ("verdict", "INVALID")] == 0
-    assert found["verdict_days_to_decide",] == 61.0
+    assert found["verdict_time_to_decide_seconds",] == 61 * 86_400
     assert found["http_requests_total", ("code", "200")] == 3
 
 
