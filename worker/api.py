@@ -161,7 +161,7 @@ class Api:
 
     Attributes:
         app: the ASGI application, guarded.
-        ending: set when the process is to stop, so that watching pages let it.
+        watching: pages that follow the stream.
         routes: the FastAPI application inside.
     """
 
@@ -169,11 +169,17 @@ class Api:
         self.monitor = monitor
         self.reports = reports
         self.watching = 0
-        self.ending = asyncio.Event()
+        self._ending = asyncio.Event()
         self.routes = self._routes()
         self.app = Guard(self.routes, token)
         self._pages = {name: load_page(f"{name}.html") for name in ("index", "docs")}
         self._made: tuple[int, bytes] = (-1, b"")
+
+    def end(self) -> None:
+        """Let go of whoever watches or waits, so that the process can stop."""
+        self._ending.set()
+        if self.reports is not None:
+            self.reports.end()
 
     @contextlib.asynccontextmanager
     async def _life(self, _app: FastAPI) -> AsyncIterator[None]:
@@ -290,10 +296,10 @@ class Api:
         self.watching += 1
         try:
             yield b"retry: 2000\n\n"
-            while not self.ending.is_set() and not await request.is_disconnected():
+            while not self._ending.is_set() and not await request.is_disconnected():
                 yield b"data: " + self._shown() + b"\n\n"
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.ending.wait(), STREAM_S)
+                    await asyncio.wait_for(self._ending.wait(), STREAM_S)
         finally:
             self.watching -= 1
 
@@ -478,11 +484,11 @@ class _Server(uvicorn.Server):
     """Says where it listens, once it does, and ends in order."""
 
     def __init__(
-        self, config: uvicorn.Config, listens: Callable[[str, int], None], ending: asyncio.Event
+        self, config: uvicorn.Config, listens: Callable[[str, int], None], end: Callable[[], None]
     ) -> None:
         super().__init__(config)
         self._listens = listens
-        self._ending = ending
+        self._end = end
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -492,7 +498,7 @@ class _Server(uvicorn.Server):
                     self._listens(*found.getsockname()[:2])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._ending.set()
+        self._end()
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
@@ -525,7 +531,7 @@ def serve(config: ApiConfig, log: Log) -> None:
             server_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=5,
             timeout_graceful_shutdown=1, ws="none", lifespan="on",
         )  # fmt: skip
-        server = _Server(settings, listens, api.ending)
+        server = _Server(settings, listens, api.end)
         await server.serve()
         return server.started
 

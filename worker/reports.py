@@ -50,16 +50,21 @@ class Reports:
         if due and self._building is None:
             self._building = asyncio.create_task(self._build())
         if not self._file.exists() and self._building is not None:
-            await asyncio.shield(self._building)
+            await asyncio.wait((self._building,))
         if not self._file.exists():
-            raise DataError(self._error)
+            raise DataError(self._error or "expected a report, found this process stopping")
         return self._file
+
+    def end(self) -> None:
+        """Let nobody wait for a build any more."""
+        if self._building is not None:
+            self._building.cancel()
 
     async def close(self) -> None:
         """End a build in progress and remove the files."""
-        if self._building is not None:
-            self._building.cancel()
-            await asyncio.gather(self._building, return_exceptions=True)
+        if (building := self._building) is not None:
+            building.cancel()
+            await asyncio.wait((building,))
         self._place.cleanup()
 
     async def _build(self) -> None:
