@@ -119,11 +119,6 @@ class ApiConfig:
     """What requests must bring; empty on a loopback address only."""
     log_level: str
 
-    @property
-    def local(self) -> bool:
-        """True when only this machine reaches the address."""
-        return _is_loopback(self.host)
-
 
 def load_api_config(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ApiConfig:
     """Build the settings of `rlv3-worker api`: flags, then RLV3_HTTP, RLV3_STORE, RLV3_API_TOKEN.

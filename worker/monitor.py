@@ -186,7 +186,8 @@ class Monitor:
             if self.view.redis:
                 self._log.warning("REDIS_LOST", msg=f"trying again for ever: {self.view.redis}")
             else:
-                self._log.info("REDIS_RETURNED", msg=f"reads from {self._place}")
+                event = "REDIS_CONNECTED" if self.looks == 1 else "REDIS_RETURNED"
+                self._log.info(event, msg=f"reads from {self._place}")
 
     async def _read(self) -> View:
         keys = self._keys

@@ -107,8 +107,20 @@ def hours(change: dict[str, float], symbols: int, bars: int) -> list[float]:
     return found
 
 
-def test_an_hour_like_training_is_no_drift() -> None:
-    assert max(hours({}, symbols=3, bars=0)) < DRIFTED
+@pytest.mark.parametrize("symbols", [1, 3])
+def test_an_hour_like_training_is_no_drift(symbols: int) -> None:
+    assert max(hours({}, symbols, bars=0)) < DRIFTED
+
+
+def test_a_feature_that_stands_still_is_seen_with_three_symbols_not_with_one() -> None:
+    found = []
+    for symbols in (1, 3):
+        live = window()
+        for n in range(60 * symbols):
+            live.add(n // symbols * MINUTE_US, row(0.5), 0)
+        found.append(live.compare()["rsi"].psi)
+    assert found[0] == pytest.approx(1.1, abs=0.005)
+    assert found[1] > DRIFTED
 
 
 @pytest.mark.parametrize("name", ["price_change_1m", "volatility", "macd"])

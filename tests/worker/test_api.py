@@ -495,6 +495,6 @@ def test_settings_come_from_flags_then_environment() -> None:
     environ = {"RLV3_HTTP": "[::1]:1", "RLV3_STORE": "/s", "REDIS_URL": "redis://a:1/0"}
     found = load_api_config({}, environ)
     assert (found.host, found.port, found.store) == ("::1", 1, Path("/s"))
-    assert (found.redis_url, found.token, found.local) == ("redis://a:1/0", "", True)
+    assert (found.redis_url, found.token) == ("redis://a:1/0", "")
     found = load_api_config({"http": "127.0.0.2:5", "store": Path("/t")}, environ)
     assert (found.host, found.port, found.store) == ("127.0.0.2", 5, Path("/t"))
