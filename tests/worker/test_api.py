@@ -423,6 +423,31 @@ def test_a_store_without_rows_says_what_is_missing(stage: Server, serve, tmp_pat
     assert "none" in json.loads(body)["detail"]
 
 
+def test_the_report_on_a_store_is_built_once_a_minute(
+    client, daemon, api: Server, serve, tmp_path: Path
+) -> None:
+    publish(client, 0, 500)
+    daemon(api.url)
+    until(lambda: client.xlen(KEYS.decisions) == 505)
+    store = tmp_path / "store"
+    collector = subprocess.Popen(
+        [
+            sys.executable, "-m", "worker.cli", "collect", "--redis-url", api.url, "--prefix", "t",
+            "--store", str(store),
+        ],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    until(lambda: client.hlen(KEYS.collected) == 2)
+    collector.terminate()
+    assert collector.wait(20) == 0
+    server = serve(api.url, "--store", str(store))
+    status, body, headers = server.ask("/report")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert b"RL v3 against RL v2" in body
+    publish(client, 500, 600)
+    assert server.ask("/report")[1] == body
+
+
 # -- the process ----------------------------------------------------------------------------------
 
 
