@@ -85,7 +85,7 @@ clean:   ## remove the environment, caches and output
 	@echo "installing into .venv (once)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) setuptools
-	@$(PIP) --no-build-isolation -e '.[embedded]'
+	@$(PIP) --no-build-isolation -e '.[embedded,api]'
 	@touch $@
 
 .venv/.system: .venv/.everything

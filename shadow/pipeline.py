@@ -172,6 +172,8 @@ class Pipeline:
         self.symbols: dict[str, SymbolState] = {}
         self.decisions = 0
         self.pairs = 0
+        self.actions = {kind: [0] * len(ACTION_TABLE) for kind in ("step", "advisory")}
+        """Kind -> decisions per action, since this object was made."""
         self.lost: dict[str, int | None] = {}
         """Event type -> entries lost since the first start; None where some are not counted."""
         self.marks = (0, 0, 0)
@@ -191,7 +193,7 @@ class Pipeline:
         )
         self._window_ai_us = int(settings.pair_window_ai_s * 1e6)
         self._window_us = int(settings.pair_window_s * 1e6)
-        self._feature_version = f"{FEATURE_SET}/{feature_digest()[:12]}"
+        self.feature_version = f"{FEATURE_SET}/{feature_digest()[:12]}"
         # what the batch in hand has produced
         self._outputs: list[Output | None] = []
         self._jobs: list[_Job] = []
@@ -880,13 +882,14 @@ class Pipeline:
                     "of": N_FEATURES,
                 },
                 min(1.0, abs(value) / 10.0), zone, TP_PCT * zone, digest[:12], digest,
-                self._feature_version, stamp, ref.event_type, ref.stream, ref.entry_id,
+                self.feature_version, stamp, ref.event_type, ref.stream, ref.entry_id,
                 ref.trace_id, ref.correlation_id, self.run_id, self._now_ms - ref.id_ms,
             )
         )  # fmt: skip
         self._bytes += len(payload) + 250
         self._outputs[job.slot] = Output("rl_v3.decision", payload, trace_id, ref.correlation_id)
         self.decisions += 1
+        self.actions[job.kind][action] += 1
         if not job.pairs:
             return
         matches, gone = state.pairing.add(

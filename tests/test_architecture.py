@@ -21,7 +21,7 @@ import rlv3
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("rlv3", "shadow", "worker")  # an import may only point to an earlier one, or its own
 HEAVY = {"torch", "gymnasium"}
-LIGHT_ENTRIES = ("worker.service", "worker.cli", "worker.demo", "shadow.cli")
+LIGHT_ENTRIES = ("worker.service", "worker.cli", "worker.api", "worker.demo", "shadow.cli")
 """Programs that must run where torch is not installed."""
 
 LAZY = {f"rlv3.{name}": f"rlv3.{home}" for name, home in rlv3._HOMES.items()}
@@ -127,6 +127,13 @@ def test_worker_does_not_load_scipy() -> None:
     assert chain_to("worker.service", {"scipy"}) is None
 
 
+HTTP = {"fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"}
+
+
+def test_nothing_of_http_is_on_the_path_of_the_worker() -> None:
+    assert chain_to("worker.service", HTTP) is None
+
+
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
@@ -134,9 +141,10 @@ def test_worker_does_not_load_scipy() -> None:
         ("rlv3.cli", {"torch", "gymnasium", "redis"}),
         ("rlv3.policy", {"torch", "gymnasium", "redis"}),
         ("shadow.cli", {"torch", "gymnasium", "redis"}),
-        ("worker.cli", {"torch", "gymnasium"}),
-        ("worker.service", {"torch", "gymnasium", "scipy"}),
+        ("worker.cli", {"torch", "gymnasium", *HTTP}),
+        ("worker.service", {"torch", "gymnasium", "scipy", *HTTP}),
         ("worker.collector", {"torch", "gymnasium", "scipy"}),
+        ("worker.api", {"torch", "gymnasium", "duckdb"}),
     ],
 )
 def test_import_loads_nothing_it_does_not_need(module: str, unwanted: set[str]) -> None:
@@ -215,7 +223,7 @@ def test_environment_is_read_at_the_door() -> None:
 
 
 PURE = (
-    "rlv3.events", "rlv3.features", "rlv3.portfolio", "rlv3.reward", "shadow.codec",
+    "rlv3.events", "rlv3.features", "rlv3.portfolio", "rlv3.reward", "shadow.codec", "shadow.drift",
     "shadow.pipeline", "shadow.symbol", "shadow.arms", "shadow.pairing", "shadow.mapping",
     "shadow.records", "shadow.sequential", "shadow.inference", "shadow.multiplicity",
     "shadow.agreement",

@@ -130,7 +130,9 @@ class _Script:
         self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest()
 
 
-_ACQUIRE, _COMMIT, _TRIM = _Script("acquire.lua"), _Script("commit.lua"), _Script("trim.lua")
+_ACQUIRE, _COMMIT, _TRIM, _PUBLISH = (
+    _Script(f"{name}.lua") for name in ("acquire", "commit", "trim", "publish")
+)
 
 
 class _Link:
@@ -250,6 +252,8 @@ class Bus:
         self._one_server = source_url == sink_url
         self._source = _Link(source_url)
         self._sink = _Link(sink_url)
+        self._side = _Link(sink_url)  # beside the path: what it sends delays no commit
+        self._side_lock = asyncio.Lock()
         self._as_msgpack = codec == "msgpack"
         self._caps = {
             "rl_v3.decision": (keys.decisions, KEPT, decisions_cap),
@@ -616,6 +620,16 @@ class Bus:
         """Renew the liveness key of production's convention."""
         await self._sink.call("SETEX", self.keys.heartbeat, HEARTBEAT_TTL_S, repr(time.time()))
 
+    async def publish(self, body: bytes) -> None:
+        """Show a status, unless another worker owns the epoch; may run beside everything else."""
+        keys = (self.keys.meta, self.keys.status)
+        async with self._side_lock:
+            await self._side.script(_PUBLISH, keys, (self.epoch, body))
+
+    async def note_fenced(self) -> None:
+        """Count in meta that a worker was fenced, for the one that goes on to show."""
+        await self._sink.call("HINCRBY", self.keys.meta, "fenced", 1)
+
     async def trim(self) -> int:
         """Keep our streams bounded; returns how many uncollected entries that dropped.
 
@@ -647,10 +661,15 @@ class Bus:
         if status == b"LOST":
             raise StateLost(f"{self.keys.meta} is gone from {self._sink.url}")
 
-    async def close(self) -> None:
-        """Close both connections."""
+    async def drop(self) -> None:
+        """Close the connections of the path; the next command opens new ones."""
         await self._source.close()
         await self._sink.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.drop()
+        await self._side.close()
 
 
 def release(

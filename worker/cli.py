@@ -12,7 +12,8 @@ import uvloop
 
 from rlv3 import console
 from rlv3.errors import ConfigError
-from worker.config import WorkerConfig, load_config
+from rlv3.extras import require
+from worker.config import WorkerConfig, load_api_config, load_config
 
 app = typer.Typer(
     name="rlv3-worker",
@@ -120,6 +121,39 @@ def collect(
     where = _where(redis_url, prefix)
     logs.configure(where.log_level)
     asyncio.run(collector.collect(where.sink_url, where.prefix, store))
+
+
+@app.command()
+def api(
+    redis_url: Url = None,
+    prefix: Prefix = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="The collector's store, for the report. (env: RLV3_STORE)"),
+    ] = None,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT; beyond this machine RLV3_API_TOKEN is required. (env: RLV3_HTTP) "
+            "(default: 127.0.0.1:9127)"
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Artifact that predicts. (default: the worker's; env: RLV3_POLICY)"),
+    ] = None,
+) -> None:
+    """Serve health, metrics, predictions, the report and a live page, until SIGTERM.
+
+    A process of its own: it reads what the worker shows of itself and changes nothing.
+    """
+    settings = load_api_config(dict(locals()), os.environ)
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        require(name, "api")
+    from worker import api as api_
+    from worker import logs
+
+    api_.serve(settings, logs.configure(settings.log_level))
 
 
 @app.command()

@@ -8,6 +8,7 @@ is none here, so they are not read.
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 import tomllib
@@ -23,6 +24,8 @@ from worker.address import SCHEMES
 from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY
 
 SHIPPED = shipped_policy()
+DEFAULT_HTTP = "127.0.0.1:9127"
+MIN_TOKEN = 16
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -107,6 +110,75 @@ def load_config(
                 break
     values["log_level"] = _log_level(environ)
     return WorkerConfig(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class ApiConfig:
+    """Everything that `rlv3-worker api` can be told."""
+
+    redis_url: str
+    """The worker's sink."""
+    prefix: str
+    store: Path | None
+    """The collector's store; None leaves out what needs one."""
+    host: str
+    port: int
+    policy: Path | None
+    """Artifact that predicts; None for the one that the worker has in force."""
+    token: str
+    """What requests must bring; empty on a loopback address only."""
+    log_level: str
+
+
+def load_api_config(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ApiConfig:
+    """Build the settings of `rlv3-worker api`: flags, then RLV3_HTTP, RLV3_STORE, RLV3_API_TOKEN.
+
+    Args:
+        flags: redis_url, prefix, store, http, policy; absent and None mean "not given".
+    Raises:
+        ConfigError: a value is impossible, or an address that others reach has no token.
+    """
+    shared = {name: flags.get(name) for name in ("redis_url", "prefix")}
+    where = load_config(shared, environ)
+    label = "RLV3_HTTP" if flags.get("http") is None and environ.get("RLV3_HTTP") else "--http"
+    host, port = _address(label, flags.get("http") or environ.get("RLV3_HTTP") or DEFAULT_HTTP)
+    store = flags.get("store") or environ.get("RLV3_STORE")
+    policy = flags.get("policy") or environ.get("RLV3_POLICY")
+    token = environ.get("RLV3_API_TOKEN", "")
+    if not token and not _is_loopback(host):
+        raise ConfigError(
+            f"{label} {host}:{port} can be reached from other machines: expected a token in "
+            "RLV3_API_TOKEN, found none"
+        )
+    if token and len(token) < MIN_TOKEN:
+        raise ConfigError(
+            f"RLV3_API_TOKEN must have at least {MIN_TOKEN} characters, has {len(token)}"
+        )
+    return ApiConfig(
+        redis_url=where.sink_url,
+        prefix=where.prefix,
+        store=Path(store) if store else None,
+        host=host,
+        port=port,
+        policy=Path(policy) if policy else None,
+        token=token,
+        log_level=where.log_level,
+    )
+
+
+def _address(label: str, value: str) -> tuple[str, int]:
+    """Split HOST:PORT; an IPv6 address stands in brackets."""
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or not 0 <= int(port) <= 65_535:
+        raise ConfigError(f"{label} must be HOST:PORT, was {value!r}")
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class _Layer:

@@ -139,6 +139,11 @@ class Keys(NamedTuple):
         return self.own + "verdict"
 
     @property
+    def status(self) -> str:
+        """Hash: what the worker shows of itself (`at_ms`, `body`), for the HTTP process."""
+        return self.own + "status"
+
+    @property
     def heartbeat(self) -> str:
         """Liveness key of production's convention."""
         return f"{self.prefix}:svc:rl_v3_shadow:heartbeat"

@@ -24,7 +24,6 @@ import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rlv3.errors import PolicyError
@@ -37,11 +36,14 @@ from worker.address import shown
 from worker.artifact import LOOK_S, ArtifactWatch, policy_at_start
 from worker.bus import Batch, Bus, BusError, Start, StateLost
 from worker.config import WorkerConfig
-from worker.errors import CheckFailed, RedisUnavailable
+from worker.errors import CheckFailed, Fenced, RedisUnavailable
 from worker.keys import Keys
 from worker.logs import Log, log_comparison
+from worker.meter import Meter, rss_bytes
 from worker.permission import harm
 from worker.progress import Progress, Watchdog
+from worker.status import FORMAT, PUBLISH_S, PolicyInfo, Status
+from worker.status import encode as encode_status
 from worker.tail import AWAY, connected
 
 READ_COUNT = 256
@@ -65,7 +67,9 @@ ALONE = 64
 """At least so many entries, twice, are folded one at a time then: as many as a commit usually has,
 and one commit may be on its way while the next is folded."""
 WARM_UP = "warm-up"
-_LOGGED_KINDS = (b'{"kind":"pair"', b'{"kind":"unpaired"', b'{"kind":"outcome"', b'{"kind":"bar"')
+_NOTED_KINDS = tuple(
+    f'{{"kind":"{kind}"'.encode() for kind in ("pair", "unpaired", "outcome", "bar", "decision")
+)
 
 T = TypeVar("T")
 
@@ -127,13 +131,16 @@ class Worker:
         self.log = log
         self.settings = settings_of(config)
         self.pipeline = self._new_pipeline()
+        self._owner = f"pid {os.getpid()} on {socket.gethostname()}"
         self._stopping = asyncio.Event()
         self._hangup = asyncio.Event()
+        self._ended = False
         self._artifact = ArtifactWatch(config, policy)
         self._next: Policy | None = None
         self.progress = Progress()
         self._alone = 0  # entries that are still folded one at a time
         self._suspect = ("", 0)
+        self.meter = Meter(policy)
         self._ahead = 0
         self._dropped = 0
         self._latencies: deque[float] = deque(maxlen=LATENCY_SAMPLES)
@@ -163,7 +170,9 @@ class Worker:
                 tier=server.tier,
             )
         await self._look_at_permissions()
-        watching = asyncio.create_task(self._watch_artifact())
+        beside = [asyncio.create_task(work()) for work in (self._watch_artifact, self._publish)]
+        for task in beside:
+            task.add_done_callback(self._note_end)
         try:
             with Watchdog(self.progress, self.log):
                 await self._serve_on()
@@ -172,9 +181,20 @@ class Worker:
                 f"stopped while Redis was away ({error.__cause__}); what was not committed is "
                 "folded again at the next start"
             ) from error
+        except Fenced:
+            with contextlib.suppress(BusError):  # it is logged and exits 3 in any case
+                await self.bus.note_fenced()
+            raise
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            self._ended = True
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        """Say that a task beside the loop ended by an error, which is a defect of ours."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.log.error("TASK_FAILED", msg=f"{task.get_coro()}: {error!r}")
 
     async def _look_at_permissions(self) -> None:
         """Say loudly when Redis would not stop us from trading.
@@ -226,6 +246,8 @@ class Worker:
         self._meta["owner"] = ""
         await self._persist(self._committing(self.pipeline.stop()))
         self._log_heartbeat()
+        with contextlib.suppress(BusError):  # readers see its age
+            await self.bus.publish(self._status("stopped"))
         self.log.info("WORKER_STOPPED", msg="drained", commits=self.bus.seq)
 
     def _read(self) -> Awaitable[Batch]:
@@ -239,7 +261,7 @@ class Worker:
         start = await self.bus.acquire(
             start=config.start,
             on_gap=config.on_gap,
-            owner=f"pid {os.getpid()} on {socket.gethostname()}",
+            owner=self._owner,
         )
         self._log_start(start)
         self._alone = 2 * max(ALONE, config.max_batch) if start.unclean else 0
@@ -340,6 +362,7 @@ class Worker:
         await self._persist(lambda: self.bus.store_artifact(policy.digest, policy.source))
         self.policy = self._artifact.policy = policy
         self._meta["policy"] = policy.digest
+        self.meter.follow(policy)
         await self._persist(self._committing(self.pipeline.begin(self.bus.cursors, policy)))
         self.log.info(
             "POLICY_SWAPPED",
@@ -374,7 +397,9 @@ class Worker:
                         await under_way
                     hand, ahead = entries[:1], int(due <= 0)
                     crashed = await self._in_hand(entries[0])
+                begun = time.perf_counter()
                 commit = self._run(hand, ahead, crashed)
+                self.meter.took("fold", time.perf_counter() - begun)
                 if under_way is not None:
                     await under_way
                 under_way = asyncio.create_task(self._apply(commit, entries[: commit.taken]))
@@ -447,11 +472,15 @@ class Worker:
     def _note(self, commit: Commit, taken: list[Entry]) -> None:
         """Keep the figures of an applied commit, and log what it compared."""
         now_ms = self.bus.server_ms()
-        self._latencies.extend(now_ms - entry.id_ms for entry in taken[::LATENCY_EVERY])
+        waits_ms = [now_ms - entry.id_ms for entry in taken[::LATENCY_EVERY]]
+        self._latencies.extend(waits_ms)
         self._outputs_since_trim += len(commit.outputs)
+        self.meter.committed(waits_ms)
         for output in commit.outputs:
-            if output.payload.startswith(_LOGGED_KINDS):
-                log_comparison(self.log, decode_comparison(output.payload))
+            if output.payload.startswith(_NOTED_KINDS):
+                row = decode_comparison(output.payload)
+                self.meter.compared(row)
+                log_comparison(self.log, row)
 
     async def _tend(self) -> None:
         """Renew the heartbeat key, trim our streams, write the minute's line: what is due."""
@@ -482,6 +511,7 @@ class Worker:
             _Stopped: asked to stop while Redis is away.
         """
         pause = BACKOFF_S[0]
+        begun = time.perf_counter()
         lost_at = said_at = None
         self.progress.begin(step)
         while True:
@@ -500,11 +530,12 @@ class Worker:
                     )
                 if self._stopping.is_set():
                     raise _Stopped from error
-                await self.bus.close()  # the other connection is as dead: do not find out later
+                await self.bus.drop()  # the other connection is as dead: do not find out later
                 await self._until_stopped(asyncio.sleep(pause))
                 pause = min(2 * pause, BACKOFF_S[1])
             else:
                 self.progress.done()
+                self.meter.took(step, time.perf_counter() - begun)
                 if lost_at is not None:
                     away_s = round(time.monotonic() - lost_at, 1)
                     self.log.info("REDIS_RETURNED", msg="goes on where it stopped", away_s=away_s)
@@ -550,17 +581,75 @@ class Worker:
                 goes_on_after=loss.upto,
             )
 
+    # -- what is shown ----------------------------------------------------------------------------
+
+    async def _publish(self) -> None:
+        """Show our status every second, beside the loop; while Redis is away it grows old."""
+        while not self._ended:  # redis-py can lose a cancellation that meets a reply
+            await asyncio.sleep(PUBLISH_S)
+            if self.bus.epoch:
+                with contextlib.suppress(BusError):  # the loop meets and logs the same
+                    await self.bus.publish(self._status())
+
+    def _status(self, state: str | None = None) -> bytes:
+        pipeline, meter, policy = self.pipeline, self.meter, self.policy
+        missing, drift = meter.features()
+        shown = pipeline.snapshot()
+        return encode_status(
+            Status(
+                format=FORMAT,
+                started_s=meter.started_s,
+                owner=self._owner,
+                state=state or self.progress.state,
+                step=self.progress.step,
+                trouble=self.progress.trouble,
+                progress_age_s=self.progress.age_s,
+                commit_age_s=meter.commit_age_s,
+                lag_s=self.progress.lag_ms / 1_000,
+                epoch=self.bus.epoch,
+                commits=self.bus.seq,
+                run_id=pipeline.run_id,
+                inputs=self.config.inputs,
+                rl_v2=self.settings.rl_v2,
+                policy=PolicyInfo(policy.digest, policy.trained_steps, pipeline.feature_version),
+                events=self._totals(),
+                lost=dict(pipeline.lost),
+                ahead=self._ahead,
+                dropped=self._dropped,
+                actions=pipeline.actions,
+                decisions=pipeline.decisions,
+                pairs=pipeline.pairs,
+                agreement=meter.agreement,
+                unpaired=meter.unpaired,
+                v2_heard=meter.v2_heard,
+                latency=meter.latency,
+                symbols=len(pipeline.symbols),
+                warm=shown["warm"],
+                capital=shown["equity"]["flat"],
+                equity=shown["equity"],
+                bars=meter.bars,
+                missing=missing,
+                drift=drift,
+                rss_bytes=rss_bytes(),
+                disagreements=meter.disagreements(),
+            )
+        )
+
+    def _totals(self) -> dict[str, dict[str, int]]:
+        totals: dict[str, dict[str, int]] = {}
+        for (event_type, outcome), count in sorted(self.pipeline.counts.items()):
+            totals.setdefault(event_type, {})[outcome] = count
+        return totals
+
     def _log_heartbeat(self) -> None:
         self.log.info("WORKER_HEARTBEAT", msg="alive", **self.figures())
 
     def figures(self) -> dict[str, Any]:
         """Return the minute's figures as plain values."""
-        totals: dict[str, dict[str, int]] = {}
-        for (event_type, outcome), count in sorted(self.pipeline.counts.items()):
-            totals.setdefault(event_type, {})[outcome] = count
+        rss = rss_bytes()
         ordered = sorted(self._latencies)
         return {
-            "events_total": totals,
+            "events_total": self._totals(),
             "ready": self.progress.state == "ready",
             "state": self.progress.state,
             "lag_ms": round(self.progress.lag_ms, 1),
@@ -570,7 +659,7 @@ class Worker:
             "ahead_total": self._ahead,
             "dropped_total": self._dropped,
             "commits": self.bus.seq,
-            "rss_mb": _rss_mb(),
+            "rss_mb": None if rss is None else round(rss / 1e6, 1),
             **self.pipeline.snapshot(),
         }
 
@@ -610,12 +699,3 @@ def _quantile(ordered: list[float], q: float) -> float | None:
     if not ordered:
         return None
     return round(ordered[min(len(ordered) - 1, int(q * len(ordered)))], 2)
-
-
-def _rss_mb() -> float | None:
-    """Return resident memory in MB where the kernel tells (Linux)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return None
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)

@@ -589,3 +589,35 @@ def test_cluster_exits_1(binary, daemon) -> None:
         code, _, err = daemon(server.url).end()
     assert code == 1
     assert "found Redis Cluster" in err
+
+
+def test_status_is_shown_again_after_a_worker_stood_still(redis_server, client, daemon) -> None:
+    publish(client, 0, 10)
+    worker = daemon(redis_server.url)
+    until(lambda: client.exists(KEYS.status))
+    worker.process.send_signal(signal.SIGSTOP)
+    time.sleep(3.5)  # longer than a reply may take: every connection is given up
+    shown = client.hget(KEYS.status, "at_ms")
+    worker.process.send_signal(signal.SIGCONT)
+    until(lambda: client.hget(KEYS.status, "at_ms") != shown)
+    code, lines, _ = worker.end(signal.SIGTERM)
+    assert code == 0
+    assert "TASK_FAILED" not in events(lines)
+    assert json.loads(client.hget(KEYS.status, "body"))["state"] == "stopped"
+
+
+def test_status_of_a_fenced_worker_is_refused(redis_server, client) -> None:
+    async def scenario() -> None:
+        first = Bus(redis_server.url, redis_server.url, KEYS, ("market.tick",))
+        second = Bus(redis_server.url, redis_server.url, KEYS, ("market.tick",))
+        for bus in (first, second):
+            await bus.acquire(start="new", on_gap="fail", owner="test")
+        await second.publish(b"second")
+        await first.publish(b"first")
+        for bus in (first, second):
+            await bus.close()
+
+    asyncio.run(scenario())
+    assert client.hget(KEYS.status, "body") == b"second"
+    seconds, _ = client.time()
+    assert abs(int(client.hget(KEYS.status, "at_ms")) - seconds * 1_000) < 60_000
