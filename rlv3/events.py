@@ -166,6 +166,14 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 Event = Tick | Signal | BaseDecision | V2Decision | Kline | ReferencePrice | Outcome
 
 
+class Replayed(msgspec.Struct, frozen=True, gc=False):
+    """The entry of a dead letter, sent in again: decided, never folded."""
+
+    ref: EntryRef
+    """The original entry's, but with the time of the replay in `id_ms`."""
+    event: Event
+
+
 class Ignored(msgspec.Struct, frozen=True, gc=False):
     """An entry that is consumed without effect, for example a priming marker."""
 

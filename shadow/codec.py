@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import re
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -36,12 +37,15 @@ from rlv3.events import (
     Outcome,
     ReferencePrice,
     Rejected,
+    Replayed,
     Signal,
     Tick,
     V2Decision,
 )
 from shadow.records import Entry, iso, record_id
 
+REPLAY = "rl_v3.replay"
+"""Our own stream of dead letters' entries, sent in again."""
 MAX_BODY_BYTES = 1 << 20
 MAX_DEPTH = 64
 """Nesting of a body; the decoders' own limits depend on the caller's stack, so on no replay."""
@@ -81,6 +85,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _MAX_TIME_US = 253_402_300_799_999_999  # the end of year 9999, the last that ISO can write
 _SEPARATORS = str.maketrans("", "", "/-_:")
+_REPLAY_STREAM, _REPLAY_ID = b"replay_stream", b"replay_id"
+_is_entry_id = re.compile(rb"[0-9]{1,20}-[0-9]{1,20}").fullmatch
 _is_symbol = re.compile(r"(?!(?:NONE|NULL|NAN)$)[A-Z0-9]{2,20}").fullmatch
 
 
@@ -735,7 +741,7 @@ def _plain_tick(entry: Entry) -> Tick | None:
         or len(source) > MAX_ID_CHARS
     ):
         return None
-    id_ms = int(entry_id.partition("-")[0])
+    id_ms = entry.id_ms
     ts_us, future = _event_time(time_us, id_ms)
     ref = EntryRef(stream, event_type, entry_id, id_ms, trace_id, correlation_id, source, future)
     volume = _volume(tick.volume, tick.qty)
@@ -745,7 +751,7 @@ def _plain_tick(entry: Entry) -> Tick | None:
 # -- the public functions --------------------------------------------------------------------------
 
 
-def decode(entry: Entry) -> Event | Ignored | Rejected:
+def decode(entry: Entry) -> Event | Ignored | Rejected | Replayed:
     """Read one raw entry; `entry.event_type` selects how.
 
     Never raises, whatever the bytes of the fields are. `Ignored.reason` is the outcome under which
@@ -755,6 +761,8 @@ def decode(entry: Entry) -> Event | Ignored | Rejected:
         tick = _plain_tick(entry)
         if tick is not None:
             return tick
+    elif entry.event_type == REPLAY:
+        return _replayed(entry)
     ref = _envelope_ref(entry)
     try:
         read = READERS.get(entry.event_type)
@@ -769,6 +777,44 @@ def decode(entry: Entry) -> Event | Ignored | Rejected:
         return read(ref, ts_us, body)
     except _RefusedError as refused:
         return Rejected(ref, refused.reason, refused.error)
+
+
+def _replayed(entry: Entry) -> Replayed | Ignored | Rejected:
+    """Read the original of a replay; what is wrong with that is wrong with the replay."""
+    bare = _envelope_ref(entry)
+    stream = _text(entry.fields.get(_REPLAY_STREAM, b""))
+    entry_id = entry.fields.get(_REPLAY_ID, b"")
+    event_type = stream.rpartition(":")[2]
+    if event_type not in READERS or _is_entry_id(entry_id) is None:
+        return Rejected(
+            bare,
+            "bad_replay",
+            f"expected replay_stream and replay_id of an input's entry, found {short(stream)} and "
+            f"{short(_text(entry_id))}",
+        )
+    fields = {k: v for k, v in entry.fields.items() if k not in (_REPLAY_STREAM, _REPLAY_ID)}
+    event = decode(Entry(stream, event_type, entry_id.decode(), fields))
+    if isinstance(event, Rejected):
+        return msgspec.structs.replace(event, ref=bare)
+    if isinstance(event, Ignored | Replayed):
+        return Ignored(bare, "unselected")
+    return Replayed(msgspec.structs.replace(event.ref, id_ms=bare.id_ms), event)
+
+
+def replay_fields(original: Entry) -> dict[bytes, bytes]:
+    """Return the fields of the replay of an entry: its own ones and where it came from."""
+    origin = {_REPLAY_STREAM: original.stream.encode(), _REPLAY_ID: original.entry_id.encode()}
+    return {**original.fields, **origin}
+
+
+def crashed(entry: Entry, deaths: int) -> Rejected:
+    """Return the verdict on an entry with which in hand, alone, the process died."""
+    return Rejected(
+        _envelope_ref(entry),
+        "crash",
+        f"expected an entry that can be folded, found that the process ended {deaths} times with "
+        "it in hand",
+    )
 
 
 def join_id(raw: str | None) -> str | None:
@@ -809,30 +855,61 @@ def dead_letter(entry: Entry, rejected: Rejected, at_us: int) -> bytes:
     """Return the JSON payload of the dead letter about an entry that cannot be read.
 
     `original` holds the fields as text, together at most 4 KiB of their bytes; `original_sha256` is
-    over all of them: for each field the name, then the value, each after its length in 8 bytes,
-    big-endian.
+    `fields_digest` of all of them. Where they are whole, but no UTF-8, `original_msgpack` holds
+    them as well: a map in msgpack, in base64.
     """
-    digest = hashlib.sha256()
+    fields = entry.fields
     original: dict[str, str] = {}
     size, room = 0, DEAD_LETTER_BYTES
-    for name, value in entry.fields.items():
-        for part in (name, value):
-            digest.update(len(part).to_bytes(8, "big"))
-            digest.update(part)
+    for name, value in fields.items():
         size += len(name) + len(value)
         if len(name) < room:
             original[_text(name)] = _text(value[: room - len(name)])
             room -= min(len(name) + len(value), room)
-    return msgspec.json.encode(
-        {
-            "dlq_reason": rejected.reason,
-            "dlq_error": rejected.error,
-            "dlq_source_stream": entry.stream,
-            "dlq_source_id": entry.entry_id,
-            "dlq_at": iso(at_us),
-            "original_sha256": digest.hexdigest(),
-            "original_bytes": size,
-            "truncated": size > DEAD_LETTER_BYTES,
-            "original": original,
-        }
-    )
+    letter: dict[str, object] = {
+        "dlq_reason": rejected.reason,
+        "dlq_error": rejected.error,
+        "dlq_source_stream": entry.stream,
+        "dlq_source_id": entry.entry_id,
+        "dlq_at": iso(at_us),
+        "original_sha256": fields_digest(fields),
+        "original_bytes": size,
+        "truncated": size > DEAD_LETTER_BYTES,
+        "original": original,
+    }
+    if (
+        size <= DEAD_LETTER_BYTES
+        and {k.encode(): v.encode() for k, v in original.items()} != fields
+    ):
+        letter["original_msgpack"] = b64encode(msgpack.packb(dict(fields))).decode()
+    return msgspec.json.encode(letter)
+
+
+def fields_digest(fields: Mapping[bytes, bytes]) -> str:
+    """Return the sha256 of an entry: for each field the name, then the value, each after its
+    length in 8 bytes, big-endian.
+    """
+    digest = hashlib.sha256()
+    for pair in fields.items():
+        for part in pair:
+            digest.update(len(part).to_bytes(8, "big"))
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def letter_fields(letter: Mapping[str, object]) -> dict[bytes, bytes] | None:
+    """Return the fields of the entry that a dead letter is about, exactly; None where it was cut.
+
+    Args:
+        letter: a decoded payload of `dead_letter`.
+    Raises:
+        ValueError: it is none.
+    """
+    raw, original = letter.get("original_msgpack"), letter.get("original")
+    if isinstance(raw, str):
+        fields = msgpack.unpackb(b64decode(raw))
+    elif isinstance(original, dict):
+        fields = {str(name).encode(): str(value).encode() for name, value in original.items()}
+    else:
+        raise ValueError("expected a dead letter with its original, found none")
+    return fields if fields_digest(fields) == letter.get("original_sha256") else None

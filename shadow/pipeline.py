@@ -29,6 +29,7 @@ from rlv3.events import (
     Outcome,
     ReferencePrice,
     Rejected,
+    Replayed,
     Signal,
     Tick,
     V2Decision,
@@ -42,6 +43,7 @@ from shadow.mapping import v2_target, v3_direction, v3_target
 from shadow.pairing import BUS, REFERENCE, Candidate, Match, OpenV2, Unmatched
 from shadow.records import (
     ARMS,
+    MAX_ID_MS,
     SCHEMA_VERSION,
     BarRow,
     Commit,
@@ -64,6 +66,8 @@ from shadow.rl_v2 import QTables, V2Reference
 from shadow.symbol import StateError, SymbolState, pack, unpack
 
 MINUTE_US = 60_000_000
+REPLAYS_KEPT = 65_536
+"""So many of the newest replays are remembered, so that none is decided twice."""
 DECISION_BYTES = 1_250  # size taken for a decision that waits for inference
 _BATCH_LIMITS = ("max_events", "max_bytes")
 OUTCOMES = (
@@ -136,6 +140,8 @@ class _Job(msgspec.Struct, gc=False):
     price: float
     prediction: int
     warm: bool
+    pairs: bool = True
+    """False for a replay: it came too late to be compared with anything."""
 
 
 class Pipeline:
@@ -167,6 +173,9 @@ class Pipeline:
         self._newest = (0, 0, 0)  # (ms, seq, rank) of the newest entry folded in its order
         self._ledger_minute = -1
         self._own_dirty = False
+        self._replays = 0
+        self._replayed: dict[str, int] = {}  # `stream|id` of what was replayed -> its number
+        self._own_cells: dict[str, bytes] = {}  # written beside the own one
         self._streams: dict[str, str] = {}  # logical name -> full key, as read
         self._interval = f"{policy.step_seconds // 60}m"
         self._latency_us = settings.latency_ms * 1_000
@@ -264,6 +273,9 @@ class Pipeline:
             if later:  # absent in states of before losses were folded
                 self.lost, marks, newest = later
                 self.marks, self._newest = tuple(marks), tuple(newest)
+        kept = [unpack(cell) for name, cell in cells.get("", {}).items() if name != "own"]
+        self._replayed = {place: number for number, place in sorted(kept)}
+        self._replays = max(self._replayed.values(), default=-1) + 1
         for symbol, stored in cells.items():
             if not symbol:
                 continue
@@ -339,7 +351,13 @@ class Pipeline:
         self._ledger("lost", self._ledger_minute, (f"{stream}|{after}", f"{stream}|{upto}"))
 
     def run(
-        self, entries: Sequence[Entry], *, now_ms: float, conflate: bool = False, ahead: int = 0
+        self,
+        entries: Sequence[Entry],
+        *,
+        now_ms: float,
+        conflate: bool = False,
+        ahead: int = 0,
+        crashed: int = 0,
     ) -> Commit:
         """Fold a prefix of the entries, at most one commit's worth.
 
@@ -351,6 +369,7 @@ class Pipeline:
             now_ms: wall clock, used for `latency_ms` only.
             conflate: decide only the newest advisory tick per symbol; the others are counted.
             ahead: the last so many have ids in the future; no commit mixes them with others.
+            crashed: the process ended so often with the only entry in hand: a dead letter for it.
         """
         due = len(entries) - ahead
         disordered = due <= 0 or self._place(entries[0]) < self._newest
@@ -365,7 +384,10 @@ class Pipeline:
             if taken == due > 0:
                 break
             self._streams.setdefault(entry.event_type, entry.stream)
-            self._fold(entry, conflate)
+            if crashed:
+                self._quarantine(entry, crashed)
+            else:
+                self._fold(entry, conflate)
             cursors[entry.stream] = entry.entry_id
             taken += 1
         self._flush(conflate)
@@ -387,11 +409,7 @@ class Pipeline:
         event = codec.decode(entry)
         minute = event.ref.id_ms // 60_000
         if minute > self._ledger_minute:
-            if self._ledger_minute >= 0:
-                self._flush(conflate)
-                self._ledger("minute", minute, ())
-            self._ledger_minute = minute
-            self._own_dirty = True
+            self._new_minute(minute, conflate)
         match event:
             case Tick():
                 outcome = self._on_tick(event, conflate)
@@ -408,19 +426,61 @@ class Pipeline:
             case Ignored():
                 outcome = event.reason
             case Rejected():
-                self._add(
-                    Output(
-                        f"dlq:{entry.event_type}",
-                        codec.dead_letter(entry, event, entry.id_ms * 1_000),
-                        event.ref.trace_id,
-                        event.ref.correlation_id,
-                    )
-                )
-                outcome = "dead_letter"
+                outcome = self._reject(entry, event)
+            case Replayed():
+                outcome = self._on_replay(event)
             case _:
                 assert_never(event)
         if outcome is not None:
             self._count(entry.event_type, outcome)
+
+    def _new_minute(self, minute: int, conflate: bool) -> None:
+        if self._ledger_minute >= 0:
+            self._flush(conflate)
+            self._ledger("minute", minute, ())
+        self._ledger_minute = minute
+        self._own_dirty = True
+
+    def _reject(self, entry: Entry, rejected: Rejected) -> str:
+        letter = codec.dead_letter(entry, rejected, entry.id_ms * 1_000)
+        ref = rejected.ref
+        self._add(Output(f"dlq:{entry.event_type}", letter, ref.trace_id, ref.correlation_id))
+        return "dead_letter"
+
+    def _quarantine(self, entry: Entry, deaths: int) -> None:
+        """Turn an entry that ends the process into a dead letter, without looking into it."""
+        minute = entry.id_ms // 60_000
+        if minute > self._ledger_minute:
+            self._new_minute(minute, conflate=False)
+        self._count(entry.event_type, self._reject(entry, codec.crashed(entry, deaths)))
+        self._ledger("crash", self._ledger_minute, (f"{entry.stream}|{entry.entry_id}",))
+
+    def _on_replay(self, replayed: Replayed) -> str:
+        """Decide on an entry that was a dead letter, from what is known now; fold nothing."""
+        event, ref = replayed.event, replayed.ref
+        if not isinstance(event, Tick | Signal):
+            return "consumed"
+        if isinstance(event, Tick) and not self._selected(event):
+            return "unselected"
+        place = f"{ref.stream}|{ref.entry_id}"
+        if place in self._replayed:
+            return "duplicate"
+        self._remember_replay(place)
+        known = event.symbol in self.symbols
+        state = self._symbol(event.symbol) if known else self._new_symbol(event.symbol)
+        self._flush(self._conflating)  # so that the row counts all that came before
+        job = self._job(ref, state, event.ts_us, "advisory", signal=False)
+        job.pairs = False
+        self._decide_now(job)
+        self._ledger("replay", self._ledger_minute, (place,))
+        return "decided"
+
+    def _remember_replay(self, place: str) -> None:
+        number, self._replays = self._replays, self._replays + 1
+        self._replayed[place] = number
+        if len(self._replayed) > REPLAYS_KEPT:
+            del self._replayed[next(iter(self._replayed))]
+        self._own_cells[f"replay:{number % REPLAYS_KEPT}"] = pack((number, place))
 
     def _selected(self, tick: Tick) -> bool:
         sources = self.settings.tick_sources
@@ -815,6 +875,8 @@ class Pipeline:
         self._bytes += len(payload) + 250
         self._outputs[job.slot] = Output("rl_v3.decision", payload, trace_id, ref.correlation_id)
         self.decisions += 1
+        if not job.pairs:
+            return
         matches, gone = state.pairing.add(
             Candidate(
                 chosen, ref.stream, ref.entry_id, codec.join_id(ref.trace_id),
@@ -1019,7 +1081,8 @@ class Pipeline:
                 self.run_id, self._ledger_minute, self.decisions, self.pairs, self._streams,
                 self.lost, self.marks, self._newest,
             )  # fmt: skip
-            cells[""] = {"own": pack(own)}
+            cells[""] = {"own": pack(own), **self._own_cells}
+            self._own_cells = {}
         commit = Commit(
             outputs=[output for output in self._outputs if output is not None],
             cells={symbol: changed for symbol, changed in cells.items() if changed},
@@ -1073,4 +1136,4 @@ def _sign(value: float) -> int:
 
 
 def _id_us(entry_id: str) -> int:
-    return int(entry_id.partition("-")[0]) * 1_000
+    return min(int(entry_id.partition("-")[0]), MAX_ID_MS) * 1_000

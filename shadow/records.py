@@ -18,6 +18,8 @@ from typing import NamedTuple
 import msgspec
 
 SCHEMA_VERSION = 1
+MAX_ID_MS = 253_402_300_799_999
+"""The end of year 9999, the last that can be written; Redis allows later ids to producers."""
 ARMS = ("v3", "v2", "follow_signal", "flat")
 
 
@@ -33,8 +35,8 @@ class Entry(NamedTuple):
 
     @property
     def id_ms(self) -> int:
-        """Milliseconds part of the entry id."""
-        return int(self.entry_id.partition("-")[0])
+        """Milliseconds part of the entry id, at most `MAX_ID_MS`."""
+        return min(int(self.entry_id.partition("-")[0]), MAX_ID_MS)
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
@@ -255,12 +257,14 @@ class LedgerRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="le
     """Empty: the ledger is about streams."""
     event_ts_us: int
     reason: str
-    """minute, stop, conflated, lost, order, swap (another run begins) or corrupt_state."""
+    """minute, stop, conflated, lost, order, crash, replay, swap (another run begins) or
+    corrupt_state."""
     counts: dict[str, dict[str, int]]
     """stream name -> outcome -> entries; beside the outcomes, `lost` where that is counted."""
     entry_ids: tuple[str, ...]
     """As `stream|id`. conflated: what was left out. lost: last entry before the hole, and where
-    reading went on. order: all entries of a commit, as they were folded."""
+    reading went on. order: all entries of a commit, as they were folded. crash: what ended the
+    process and was left out. replay: the dead letter's entry that was decided."""
     policy_digest: str
     schema_version: int = SCHEMA_VERSION
 

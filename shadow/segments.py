@@ -30,6 +30,7 @@ import duckdb
 import msgspec
 
 from rlv3.errors import DataError
+from shadow.records import MAX_ID_MS
 
 StreamId = tuple[int, int]
 START = "0-0"
@@ -94,7 +95,7 @@ def parse_id(entry_id: str) -> StreamId:
 
 def day_of(entry_id: StreamId) -> str:
     """Return the UTC day of an entry id as YYYY-MM-DD."""
-    return _day(entry_id[0] // 86_400_000)
+    return _day(min(entry_id[0], MAX_ID_MS) // 86_400_000)
 
 
 @lru_cache(maxsize=64)

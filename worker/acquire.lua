@@ -4,7 +4,7 @@
 -- KEYS  meta, symbols, decisions, comparisons
 -- ARGV  owner, schema version, cursors of a first start, cursors after a gap ('' = refuse),
 --       prefix of the state keys
--- Reply {'OK', epoch, 1 if the cursors were set now, gap or '', meta, symbols}
+-- Reply {'OK', epoch, 1 if the cursors were set now, gap or '', meta, symbols, owner before or ''}
 --       {'GAP', reason} when state is missing and a gap is refused; nothing was written then.
 
 local cursors = redis.call('HGET', KEYS[1], 'cursors')
@@ -31,6 +31,7 @@ if gap ~= '' and ARGV[4] == '' then
   return {'GAP', gap}
 end
 
+local former = redis.call('HGET', KEYS[1], 'owner') or ''
 local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
 redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'schema', ARGV[2])
 if gap ~= '' then
@@ -45,4 +46,5 @@ if not cursors then
   first = 1
   redis.call('HSET', KEYS[1], 'cursors', gap == '' and ARGV[3] or ARGV[4])
 end
-return {'OK', epoch, first, gap, redis.call('HGETALL', KEYS[1]), redis.call('SMEMBERS', KEYS[2])}
+return {'OK', epoch, first, gap, redis.call('HGETALL', KEYS[1]), redis.call('SMEMBERS', KEYS[2]),
+  former}

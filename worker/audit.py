@@ -33,8 +33,8 @@ from worker.recorder import CUT, OUTPUTS, Cut, Snapshot, load_snapshot, raw_tabl
 
 _BATCH = 64
 _EXAMPLES = 5
-_RECOMPUTED = ("minute", "conflated", "lost", "order", "swap")  # all reasons but stop
-_MARKING = ("conflated", "lost", "order", "swap")
+_RECOMPUTED = ("minute", "conflated", "lost", "order", "swap", "crash", "replay")  # all but stop
+_MARKING = ("conflated", "lost", "order", "swap", "crash")
 _NOTED = tuple(
     reason.encode() for reason in _MARKING
 )  # in the payload of every row that the fold needs
@@ -246,6 +246,10 @@ class _Inputs:
                 best = place, rank, entry
         return None if best is None else (best[1], best[2])
 
+    def is_disordered(self, place: tuple[str, str]) -> bool:
+        """Return True for an entry that was not folded in the default order."""
+        return place in self._disordered
+
     def take(self, rank: int) -> None:
         """Go on to the next entry of a stream."""
         self._advance(rank)
@@ -296,7 +300,18 @@ class _Replay:
             elif mark.row.reason == "swap":
                 yield from self._fold_to(mark.folded)
                 yield self._swap(mark)
+            elif mark.row.reason == "crash":
+                yield from self._fold_to(mark.first)
+                (place,) = mark.ids
+                yield from self._run(
+                    [self._inputs.named(*place)],
+                    False,
+                    disordered=self._inputs.is_disordered(place),
+                    crashed=1,
+                )
             elif mark.row.reason == "order":
+                if self.folded >= mark.folded:
+                    continue  # it ended the process, and was left out just now
                 yield from self._fold_to(mark.first)
                 entries = [self._inputs.named(*place) for place in mark.ids]
                 yield from self._run(entries, mark.conflate, disordered=True)
@@ -328,11 +343,20 @@ class _Replay:
         return entries
 
     def _run(
-        self, entries: Sequence[Entry], conflate: bool, *, disordered: bool = False
+        self,
+        entries: Sequence[Entry],
+        conflate: bool,
+        *,
+        disordered: bool = False,
+        crashed: int = 0,
     ) -> Iterator[Commit]:
         while entries:
             commit = self._pipeline.run(
-                entries, now_ms=0.0, conflate=conflate, ahead=len(entries) if disordered else 0
+                entries,
+                now_ms=0.0,
+                conflate=conflate,
+                ahead=len(entries) if disordered else 0,
+                crashed=crashed,
             )
             entries = entries[commit.taken :]
             self.folded += commit.taken

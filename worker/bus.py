@@ -41,7 +41,7 @@ from redis.exceptions import (
 from rlv3.errors import ConfigError
 from shadow.records import SCHEMA_VERSION, Commit, Entry, Output
 from worker.errors import CheckFailed, Fenced, RedisUnavailable
-from worker.keys import Keys
+from worker.keys import REPLAY, Keys
 from worker.losses import ORIGIN, Loss, Losses, StreamInfo, entry_key
 
 SOURCE = "rl-v3-shadow"
@@ -61,6 +61,10 @@ KEPT = 10_000
 TRIM_LIMIT = 2_000
 """Entries removed per stream and call: about half a millisecond of Redis."""
 HEARTBEAT_TTL_S = 10
+SINK_LOOK_S = 0.25
+"""How often the sink is asked for replays where the source is another server."""
+REPLAYS_MAX = 2 * KEPT
+"""Replays kept; `dlq replay` lets no more than half as many wait."""
 
 
 class BusError(Exception):
@@ -103,6 +107,10 @@ class Start(NamedTuple):
     """Digest of the artifact in force, or empty."""
     frozen: str
     """What the last owner froze for its run (JSON), or empty."""
+    unclean: bool
+    """The last owner did not stop in order: it was killed, it died, or it still lives."""
+    suspect: tuple[str, int]
+    """What was in hand alone when it ended, and how often it was so; see `Bus.suspect`."""
 
 
 class Server(NamedTuple):
@@ -259,6 +267,12 @@ class Bus:
             "rl_v3.comparison": (keys.comparisons, KEPT, comparisons_cap),
         } | {f"dlq:{name}": (keys.dlq(name), dlq_cap, dlq_cap) for name in inputs}
         self._outputs = {name: key for name, (key, _, _) in self._caps.items()}
+        self._caps[REPLAY] = (keys.replay, KEPT, REPLAYS_MAX)
+        self._at_source = tuple(
+            stream for stream in self.streams if self._one_server or stream != keys.replay
+        )
+        self._at_sink = tuple(stream for stream in self.streams if stream not in self._at_source)
+        self._sink_at = -math.inf
         self._ranks = {key.encode(): rank for rank, key in enumerate(self.streams)}
         self._stored = ""  # the cursors field as the sink holds it
         self._written: dict[str, str] = {}  # fields of meta that are known to be there
@@ -307,8 +321,10 @@ class Bus:
     ) -> Start:
         self._on_gap = on_gap
         newest = {stream: info.last if info else ORIGIN for stream, info in infos.items()}
+        # a replay was asked for, whenever that was
+        begun = {s: ORIGIN if s == self.keys.replay else last for s, last in newest.items()}
         oldest = dict.fromkeys(self.streams, ORIGIN)
-        first = oldest if start == "oldest" else newest
+        first = oldest if start == "oldest" else begun
         resumed = {"fail": None, "resume-oldest": oldest, "resume-latest": newest}[on_gap]
         keys = self.keys
         reply = await self._sink.script(
@@ -347,28 +363,33 @@ class Bus:
             seq=self.seq,
             gap=reply[3].decode(),
             added=added,
-            absent=[stream for stream, info in infos.items() if info is None],
+            absent=[s for s, info in infos.items() if info is None and s != self.keys.replay],
             cells=await self._load_cells([symbol.decode() for symbol in reply[5]]),
             counts=counts,
             policy=meta.get(b"policy", b"").decode(),
             frozen=meta.get(b"frozen", b"").decode(),
+            unclean=reply[6] != b"",
+            suspect=_suspect(meta),
         )
 
     async def _stream_infos(self) -> dict[str, StreamInfo | None]:
-        """Return XINFO STREAM of every input on the source; None where it is absent."""
-        replies = await self._source.send(*self._info_commands())
-        return dict(zip(self.streams, self._infos(replies), strict=True))
+        """Return XINFO STREAM of every input; None where it is absent."""
+        replies = await self._source.send(*_info_commands(self._at_source))
+        infos = self._infos(self._at_source, replies)
+        if self._at_sink:
+            replies = await self._sink.send(*_info_commands(self._at_sink))
+            infos |= self._infos(self._at_sink, replies)
+        return infos
 
-    def _info_commands(self) -> list[tuple[str, ...]]:
-        return [("XINFO", "STREAM", stream) for stream in self.streams]
-
-    def _infos(self, replies: Sequence[Any]) -> list[StreamInfo | None]:
-        infos: list[StreamInfo | None] = []
-        for stream, reply in zip(self.streams, replies, strict=True):
+    def _infos(
+        self, streams: Sequence[str], replies: Sequence[Any]
+    ) -> dict[str, StreamInfo | None]:
+        infos: dict[str, StreamInfo | None] = {}
+        for stream, reply in zip(streams, replies, strict=True):
             if not isinstance(reply, RedisError):
-                infos.append(StreamInfo.parse(reply))
+                infos[stream] = StreamInfo.parse(reply)
             elif "no such key" in str(reply):
-                infos.append(None)
+                infos[stream] = None
             else:
                 raise BusError(f"{self._source.url}: {stream}: {reply}") from reply
         return infos
@@ -422,20 +443,25 @@ class Bus:
         check = self._behind or time.monotonic() - self._checked_at >= LOSS_CHECK_S
         (seconds, micros), reply, *infos = await self._source.transaction(
             ("TIME",),
-            ("XREAD", "COUNT", count, "STREAMS", *self.streams,
-             *(self.cursors[stream] for stream in self.streams)),
-            *(self._info_commands() if check else ()),
+            ("XREAD", "COUNT", count, "STREAMS", *self._at_source,
+             *(self.cursors[stream] for stream in self._at_source)),
+            *(_info_commands(self._at_source) if check else ()),
         )  # fmt: skip
         self._time_ms = int(seconds) * 1000 + int(micros) / 1000
         self._time_at = time.monotonic()
         if isinstance(reply, RedisError):
             raise BusError(f"{self._source.url}: {reply}") from reply
+        known = self._infos(self._at_source, infos) if check else {}
+        if self._at_sink and self._time_at - self._sink_at >= SINK_LOOK_S:
+            replays, replay_infos = await self._read_sink(count)
+            reply = [*(reply or ()), *replays]
+            known |= replay_infos
         found = [
             (self._ranks[key], self.streams[self._ranks[key]], self.inputs[self._ranks[key]], rows)
             for key, rows in reply or ()
         ]
         self._behind = any(len(rows) >= count for _, _, _, rows in found)
-        lost = self._lost(self._infos(infos)) if check else {}
+        lost = self._lost(known) if known else {}
         if self._on_gap == "resume-latest":
             found = [item for item in found if item[2] not in lost]
         released, held, ahead = release(found, int(self._time_ms), count)
@@ -446,13 +472,27 @@ class Bus:
         )
         return Batch(released, max(0.0, self._time_ms - oldest), ahead, lost)
 
-    def _lost(self, infos: Sequence[StreamInfo | None]) -> dict[str, Loss]:
+    async def _read_sink(self, count: int) -> tuple[list[Any], dict[str, StreamInfo | None]]:
+        """Read what has to wait for us at the sink: replays, when that is another server."""
+        reply, *infos = await self._sink.transaction(
+            ("XREAD", "COUNT", count, "STREAMS", *self._at_sink,
+             *(self.cursors[stream] for stream in self._at_sink)),
+            *_info_commands(self._at_sink),
+        )  # fmt: skip
+        if isinstance(reply, RedisError):
+            raise BusError(f"{self._sink.url}: {reply}") from reply
+        self._sink_at = time.monotonic() if not reply else -math.inf
+        return reply or [], self._infos(self._at_sink, infos)
+
+    def _lost(self, infos: Mapping[str, StreamInfo | None]) -> dict[str, Loss]:
         """Compare our counts with the server's; all that was read before is committed by now."""
         self._checked_at = time.monotonic()
         latest = self._on_gap == "resume-latest"
         found = {}
-        for event_type, stream, info in zip(self.inputs, self.streams, infos, strict=True):
-            cursor = self.cursors[stream]
+        for event_type, stream in zip(self.inputs, self.streams, strict=True):
+            if stream not in infos:
+                continue
+            info, cursor = infos[stream], self.cursors[stream]
             missed = self._losses.check(event_type, info, cursor)
             if missed == 0 or info is None:
                 continue
@@ -475,8 +515,8 @@ class Bus:
             await asyncio.sleep(HELD_SLEEP_S)
             return
         await self._source.call(
-            "XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *self.streams,
-            *(self.cursors[stream] for stream in self.streams),
+            "XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *self._at_source,
+            *(self.cursors[stream] for stream in self._at_source),
         )  # fmt: skip
 
     def lost_total(self) -> dict[str, int]:
@@ -568,6 +608,14 @@ class Bus:
             for output in outputs
         ]
 
+    async def suspect(self, place: str, tries: int) -> None:
+        """Note what is in hand alone, and how often it was: should we die, it may be the cause.
+
+        Written only while a worker starts after one that did not stop in order.
+        """
+        note = json.dumps({"place": place, "tries": tries})
+        await self._sink.call("HSET", self.keys.meta, "suspect", note)
+
     async def beat(self) -> None:
         """Renew the liveness key of production's convention."""
         await self._sink.call("SETEX", self.keys.heartbeat, HEARTBEAT_TTL_S, repr(time.time()))
@@ -654,6 +702,15 @@ def _pairs(flat: Sequence[Any]) -> dict[Any, Any]:
     """Return a flat reply of names and values as a dictionary."""
     values = iter(flat)
     return dict(zip(values, values, strict=True))
+
+
+def _info_commands(streams: Iterable[str]) -> list[tuple[str, ...]]:
+    return [("XINFO", "STREAM", stream) for stream in streams]
+
+
+def _suspect(meta: Mapping[bytes, bytes]) -> tuple[str, int]:
+    note = json.loads(meta.get(b"suspect", b"{}"))
+    return note.get("place", ""), note.get("tries", 0)
 
 
 def _counts(meta: Mapping[bytes, bytes]) -> dict[tuple[str, str], int]:

@@ -11,6 +11,7 @@ import typer
 import uvloop
 
 from rlv3 import console
+from rlv3.errors import ConfigError
 from worker.config import WorkerConfig, load_config
 
 app = typer.Typer(
@@ -166,6 +167,62 @@ def demo(
     from worker import demo as demo_
 
     demo_.command(seconds, data, redis_url, out)
+
+
+dlq = typer.Typer(
+    help="Entries that could not be decided: look at them, send them in again.",
+    no_args_is_help=True,
+)
+app.add_typer(dlq, name="dlq")
+
+Stream = Annotated[
+    str | None, typer.Option(help="Only letters about this input, such as market.tick.")
+]
+
+
+@dlq.command("list")
+def dlq_list(
+    redis_url: Url = None,
+    sink_url: SinkUrl = None,
+    prefix: Prefix = None,
+    stream: Stream = None,
+    limit: Annotated[int, typer.Option(min=1, help="Show no more than the newest so many.")] = 100,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+) -> None:
+    """Show dead letters: why, when, from where, and an excerpt."""
+    from worker import dlq as dlq_
+
+    where = _where(redis_url, prefix, sink_url=sink_url)
+    dlq_.show(where.sink_url, where.prefix, stream, limit, json)
+
+
+@dlq.command("replay")
+def dlq_replay(
+    ids: Annotated[
+        list[str] | None, typer.Argument(help="As `dlq list` prints them.", show_default=False)
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All that can be replayed.")] = False,
+    redis_url: Url = None,
+    source_url: SourceUrl = None,
+    sink_url: SinkUrl = None,
+    prefix: Prefix = None,
+    stream: Stream = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Send entries in again: the worker decides them once and folds nothing."""
+    from worker import dlq as dlq_
+
+    if bool(ids) == all_:
+        raise ConfigError(
+            "expected ids of dead letters or --all, found " + ("both", "none")[not ids]
+        )
+    where = _where(redis_url, prefix, source_url=source_url, sink_url=sink_url)
+    dlq_.replay(
+        dlq_.Request(
+            where.source_url, where.sink_url, where.prefix, tuple(ids or ()), stream, dry_run, yes
+        )
+    )
 
 
 def _where(redis_url: str | None, prefix: str | None, **urls: str | None) -> WorkerConfig:

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from rlv3.errors import ConfigError
 from rlv3.policy import shipped_policy
-from worker.keys import INPUTS, OPTIONAL_INPUTS
+from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY
 
 SHIPPED = shipped_policy()
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -35,7 +35,7 @@ class WorkerConfig:
     """Redis that keeps our outputs and state."""
     prefix: str = "quantum"
     """First part of every stream and key name."""
-    inputs: tuple[str, ...] = INPUTS
+    inputs: tuple[str, ...] = (*INPUTS, REPLAY)
     """Input streams in rank order."""
     tick_sources: frozenset[str] | None = None
     """Sources whose ticks count; None for all."""
@@ -249,12 +249,12 @@ def _inputs(label: str, value: Any) -> tuple[str, ...]:
     """Return the default inputs and the named ones, in rank order; `all` names every one."""
     names = _names(label, value)
     if names == ["all"]:
-        return INPUTS + OPTIONAL_INPUTS
+        return (*INPUTS, *OPTIONAL_INPUTS, REPLAY)
     known = (*INPUTS, *OPTIONAL_INPUTS)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError(f"{label} must be all or among {', '.join(known)}, was {unknown[0]!r}")
-    return tuple(name for name in known if name in INPUTS or name in names)
+    return (*(name for name in known if name in INPUTS or name in names), REPLAY)
 
 
 def _prefix(label: str, value: Any) -> str:

@@ -27,6 +27,10 @@ OPTIONAL_INPUTS: tuple[str, ...] = (
 """More streams that `--inputs` may add; their rank follows the default ones."""
 
 
+REPLAY = "rl_v3.replay"
+"""Our own input, read after all others: dead letters' entries that `dlq replay` sent in again."""
+
+
 class Keys(NamedTuple):
     """All key names of one installation."""
 
@@ -49,6 +53,11 @@ class Keys(NamedTuple):
     def comparisons(self) -> str:
         """Our comparison stream."""
         return self.stream("rl_v3.comparison")
+
+    @property
+    def replay(self) -> str:
+        """Stream of the entries that `dlq replay` sent in again."""
+        return self.stream(REPLAY)
 
     @property
     def own(self) -> str:

@@ -56,6 +56,9 @@ AWAY_LINE_S = 60.0
 LATENCY_SAMPLES = 4_096
 LATENCY_EVERY = 8
 """One in so many entries of a commit is a sample, its first always."""
+TRIES = 2
+"""An entry that was alone in hand so often when a worker died is not folded any more."""
+WARM_UP = "warm-up"
 _LOGGED_KINDS = (b'{"kind":"pair"', b'{"kind":"unpaired"', b'{"kind":"outcome"', b'{"kind":"bar"')
 
 T = TypeVar("T")
@@ -123,6 +126,8 @@ class Worker:
         self._artifact = ArtifactWatch(config, policy)
         self._next: Policy | None = None
         self.progress = Progress()
+        self._alone = 0  # entries that are still folded one at a time
+        self._suspect = ("", 0)
         self._ahead = 0
         self._dropped = 0
         self._latencies: deque[float] = deque(maxlen=LATENCY_SAMPLES)
@@ -176,7 +181,7 @@ class Worker:
         while not self._stopping.is_set():
             if self._next is not None:
                 await self._swap(self._next)
-            batch = await self._persist(lambda: self.bus.read(READ_COUNT), "read")
+            batch = await self._persist(self._read, "read")
             self.progress.lag_ms = batch.lag_ms
             self._lose(batch)
             if batch.entries:
@@ -186,9 +191,13 @@ class Worker:
             else:
                 await self._until_stopped(self._persist(self.bus.wait, "wait"))
             await self._tend()
+        self._meta["owner"] = ""
         await self._persist(self._committing(self.pipeline.stop()))
         self._log_heartbeat()
         self.log.info("WORKER_STOPPED", msg="drained", commits=self.bus.seq)
+
+    def _read(self) -> Awaitable[Batch]:
+        return self.bus.read(1 if self._alone else READ_COUNT)
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -201,6 +210,8 @@ class Worker:
             owner=f"pid {os.getpid()} on {socket.gethostname()}",
         )
         self._log_start(start)
+        self._alone = config.max_batch if start.unclean else 0
+        self._suspect = start.suspect
         self.pipeline = self._new_pipeline()
         self.pipeline.counts.update(start.counts)
         forget = self._restore(start)
@@ -255,6 +266,11 @@ class Worker:
     async def _warm_up(self) -> Commit:
         """Fold retained candles, then ticks, up to the cursors: outside all counts."""
         entries: list[Entry] = []
+        if self._alone and not await self._may_try(WARM_UP):
+            self.log.error(
+                "WARM_UP_SKIPPED", msg="workers died of it; every symbol starts cold", deaths=TRIES
+            )
+            return self.pipeline.warm_up(entries)
         for event_type in ("market.klines", "market.tick"):
             if event_type in self.config.inputs:
                 newest = self.bus.cursors[self.bus.keys.stream(event_type)]
@@ -320,13 +336,13 @@ class Worker:
         try:
             while entries and not self._stopping.is_set():
                 lag_ms = self.progress.lag_ms = max(0.0, self.bus.server_ms() - entries[0].id_ms)
-                after = self.config.conflate_after
-                commit = self.pipeline.run(
-                    entries,
-                    now_ms=time.time() * 1000,
-                    conflate=after is not None and lag_ms > after,
-                    ahead=len(entries) - max(due, 0),
-                )
+                hand, ahead, crashed = entries, len(entries) - max(due, 0), 0
+                if self._alone:
+                    if under_way is not None:
+                        await under_way  # alone means alone
+                    hand, ahead = entries[:1], int(due <= 0)
+                    crashed = await self._in_hand(entries[0])
+                commit = self._run(hand, lag_ms, ahead, crashed)
                 if under_way is not None:
                     await under_way
                 under_way = asyncio.create_task(self._apply(commit, entries[: commit.taken]))
@@ -338,9 +354,56 @@ class Worker:
             if under_way is not None:
                 await under_way
 
+    def _run(self, entries: list[Entry], lag_ms: float, ahead: int, crashed: int) -> Commit:
+        """Fold one commit's worth; what the fold raises is a bug, and ends the worker."""
+        after = self.config.conflate_after
+        try:
+            return self.pipeline.run(
+                entries,
+                now_ms=time.time() * 1000,
+                conflate=after is not None and lag_ms > after,
+                ahead=ahead,
+                crashed=crashed,
+            )
+        except Exception:
+            self.log.exception(
+                "FOLD_FAILED",
+                msg="a bug: the state in memory is not to be trusted any more, so the worker "
+                "ends; after some restarts the entry becomes a dead letter",
+                first=f"{entries[0].stream}|{entries[0].entry_id}",
+            )
+            raise
+
     async def _apply(self, commit: Commit, taken: list[Entry]) -> None:
         await self._persist(self._committing(commit))
         self._note(commit, taken)
+
+    async def _in_hand(self, entry: Entry) -> int:
+        """Note the only entry in hand; returns how many workers it ended, or 0 to fold it.
+
+        After a worker that did not stop in order, entries are folded one at a time until what it
+        can have had in hand is behind us, so that one that ends the process is known by name.
+        """
+        place = f"{entry.stream}|{entry.entry_id}"
+        if await self._may_try(place):
+            self._alone -= 1
+            return 0
+        self.log.error(
+            "ENTRY_QUARANTINED",
+            msg="workers died with this entry in hand: it becomes a dead letter",
+            stream=entry.event_type,
+            entry_id=entry.entry_id,
+            deaths=TRIES + 1,
+        )
+        return TRIES + 1
+
+    async def _may_try(self, place: str) -> bool:
+        """Note what is about to be tried; False when it was often enough the last thing."""
+        tries = self._suspect[1] if self._suspect[0] == place else 0
+        if tries >= TRIES:
+            return False
+        await self._persist(lambda: self.bus.suspect(place, tries + 1), "suspect")
+        return True
 
     def _committing(
         self, commit: Commit, forget: list[str] | None = None
