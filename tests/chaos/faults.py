@@ -7,6 +7,7 @@ What has a test of its own elsewhere is not played here again (docs/delivery.md 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -221,6 +222,28 @@ def repeat_and_come_late(stage: Stage) -> Verdict:
     stage.expect("duplicates", counts.get("market.tick:duplicate", 0), duplicates)
     stage.expect("late ticks", counts.get("market.tick:late", 0), late)
     return stage.judge()
+
+
+@fault(11, "entries that end the process: exit, SIGKILL, SIGSEGV, a bug's exception")
+def end_the_process(stage: Stage) -> Verdict:
+    kinds = stage.rng.sample(("exit", "kill", "segv", "raise"), 2)
+    harmless = stage.lay_mines(kinds)
+    worker = stage.begin()
+    restarts = 0
+    while not stage.all_read():
+        if not worker.running:
+            worker = stage.worker()
+            restarts += 1
+        time.sleep(0.01)
+    stage.settle()
+    stage.expect("at most three restarts for each", restarts <= 3 * len(kinds), True)
+    letters = [json.loads(f[b"payload"]) for _, f in stage.link.xrange(KEYS.dlq("market.tick"))]
+    crashed = [letter for letter in letters if letter["dlq_reason"] == "crash"]
+    stage.expect("dead letters by crash", len(crashed), len(kinds))
+    if "raise" in kinds:
+        said = "".join(program.said() for program in stage.programs)
+        stage.expect("the bug is logged", "FOLD_FAILED" in said, True)
+    return stage.judge(*stage.reference(harmless))
 
 
 @fault(12, "hardly any processor time: advisory decisions are conflated, nothing else changes")

@@ -117,8 +117,8 @@ def _plain(row: Row) -> Row:
 
 
 def _counted(rows: list[Row]) -> list[Row]:
-    """Leave out the ledger of stops, losses and clocks: the reference knows of none."""
-    return [row for row in rows if row.get("reason") not in ("stop", "lost", "order")]
+    """Leave out the ledger of stops, losses, clocks and deaths: the reference knows of none."""
+    return [row for row in rows if row.get("reason") not in ("stop", "lost", "order", "crash")]
 
 
 class Verdict(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -16,7 +17,11 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+from shadow.records import Entry
+
 PATIENCE_S = 30.0
+MINE = re.compile(rb'"mine": "(\w+)"')
+"""What an entry that ends the process says about how."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,8 +66,36 @@ def _ordinary(arguments: list[str]) -> None:
     consume(*arguments)
 
 
+def _explode(kind: str) -> None:
+    """End the process as the entry says: at once, by a signal, or by a bug."""
+    if kind == "exit":
+        os._exit(9)
+    if kind == "raise":
+        raise RuntimeError("a bug that this entry meets")
+    os.kill(os.getpid(), {"segv": signal.SIGSEGV, "kill": signal.SIGKILL}[kind])
+
+
+def _lay_mines() -> None:
+    """From now on, decoding an entry that carries a mine sets it off."""
+    from shadow import codec
+
+    decode = codec.decode
+
+    def trip(entry: Entry) -> object:
+        found = MINE.search(entry.fields.get(b"payload", b""))
+        if found is not None:
+            _explode(found[1].decode())
+        return decode(entry)
+
+    codec.decode = trip
+
+
 def _become(
-    program: Callable[[list[str]], None], arguments: list[str], log: str, skew_s: float
+    program: Callable[[list[str]], None],
+    arguments: list[str],
+    log: str,
+    skew_s: float,
+    mined: bool,
 ) -> None:
     """Turn a forked process into one of our programs."""
     if sys.platform == "linux":
@@ -75,6 +108,8 @@ def _become(
     if skew_s:
         right = time.time
         time.time = lambda: right() + skew_s
+    if mined:
+        _lay_mines()
     program(arguments)
 
 
@@ -92,11 +127,14 @@ class Forked:
         *arguments: str,
         naive: bool = False,
         skew_s: float = 0.0,
+        mined: bool = False,
     ) -> None:
         self.log = log
         program = _ordinary if naive else _worker
         self._process = context.Process(
-            target=_become, args=(program, list(arguments), str(log), skew_s), daemon=True
+            target=_become,
+            args=(program, list(arguments), str(log), skew_s, mined),
+            daemon=True,
         )
         self._process.start()
         assert self._process.pid is not None

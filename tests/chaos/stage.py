@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import TracebackType
@@ -73,6 +74,7 @@ class Stage:
         self.before: list[Entry] = []
         self.floor = 0
         self.skew_s = 0.0
+        self.mined = False
         self.programs: list[Forked] = []
         self.problems: list[str] = []
         self._before: Any = None
@@ -110,7 +112,9 @@ class Stage:
 
     def _start(self, arguments: list[str], *, naive: bool = False) -> Forked:
         log = self.directory / f"{len(self.programs)}.log"
-        program = Forked(self.context, log, *arguments, naive=naive, skew_s=self.skew_s)
+        program = Forked(
+            self.context, log, *arguments, naive=naive, skew_s=self.skew_s, mined=self.mined
+        )
         self.programs.append(program)
         return program
 
@@ -189,6 +193,27 @@ class Stage:
                 done[late] += 1
         self.history = sorted([*self.history, *made], key=workload.in_order)
         return done[0], done[1]
+
+    def lay_mines(self, kinds: Sequence[str]) -> list[Entry]:
+        """Let ticks of the later part end the process that decodes them.
+
+        Returns:
+            The history as it must come out: in their place, entries that cannot be read.
+        """
+        self.mined = True
+        third = len(self.history) // 3
+        ticks = [
+            i
+            for i, entry in enumerate(self.history)
+            if i > third and b'"n"' in entry.fields[b"payload"]
+        ]
+        harmless = list(self.history)
+        for at, kind in zip(self.rng.sample(ticks, len(kinds)), kinds, strict=True):
+            entry = self.history[at]
+            body = json.dumps({**json.loads(entry.fields[b"payload"]), "mine": kind}).encode()
+            self.history[at] = entry._replace(fields={**entry.fields, b"payload": body})
+            harmless[at] = entry._replace(fields={b"payload": b"{"})
+        return harmless
 
     def to_the_future(self, n: int) -> None:
         """Give the last ticks ids an hour ahead, as a server does whose clock went back."""
