@@ -40,7 +40,6 @@ _FORMAT = 1
 _MERGE_AT = 64  # small segments of one table and day that are worth one merge
 _SMALL = 4 << 20  # bytes; larger segments wait for the end of the day
 _GRACE_S = 60.0  # a reader that listed the sources of a merge may still open them for so long
-_ROW_GROUP = 16_384  # rows; bounds the memory of a merge (a decision is about 1 KiB)
 _MAX_OBJECT = 16 << 20  # bytes of a JSON line; DuckDB's default
 _MEMORY_LIMIT = "512MB"
 
@@ -56,6 +55,8 @@ class Table(NamedTuple):
     """Field of a JSON line -> DuckDB type it is read as."""
     columns: Mapping[str, tuple[str, str]]
     """Column -> (DuckDB type, SQL expression over the JSON fields)."""
+    row_group: int = 16_384
+    """Rows that are in memory together when segments are merged (a decision is about 1 KiB)."""
 
 
 class Segment(NamedTuple):
@@ -309,20 +310,21 @@ class SegmentWriter:
                 f"format = 'newline_delimited', columns = {{{fields}}}, "
                 f"maximum_object_size = {max(_MAX_OBJECT, *map(len, lines)) + 1})",
                 path,
+                spec.row_group,
             )
         finally:
             source.unlink(missing_ok=True)
         self._orphans.add(path)
         return path
 
-    def _copy(self, query: str, path: Path) -> None:
+    def _copy(self, query: str, path: Path, row_group: int) -> None:
         """Write a query's rows to a file that appears whole and durable, or not at all."""
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             with self._duckdb.cursor() as cursor:
                 cursor.execute(
                     f"COPY ({query}) TO {_quote(temporary)} "
-                    f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROW_GROUP})"
+                    f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {row_group})"
                 )
             _sync(temporary)
             os.replace(temporary, path)
@@ -363,7 +365,8 @@ class SegmentWriter:
             return 0
         first, last = segments[0].first, max(segment.last for segment in segments)
         path = self.directory / table.name / f"day={day}" / f"{_text(first)}_{_text(last)}.parquet"
-        self._copy(relation(table, [segment.path for segment in segments]), path)
+        rows = relation(table, [segment.path for segment in segments])
+        self._copy(rows, path, table.row_group)
         deadline = time.monotonic() + _GRACE_S
         sources = [segment.path for segment in segments if segment.path != path]
         self._retired.extend((deadline, source) for source in sources)

@@ -124,13 +124,21 @@ def record(
     source_url: SourceUrl = None,
     sink_url: SinkUrl = None,
     prefix: Prefix = None,
+    keep_hours: Annotated[
+        float | None, typer.Option(min=0.001, help="Drop what is older. (default: keep all)")
+    ] = None,
+    keep_gb: Annotated[
+        float | None, typer.Option(min=0.001, help="Drop the oldest beyond so many GB of disk.")
+    ] = None,
 ) -> None:
     """Keep raw input, our outputs, artifacts and the starting state, until SIGTERM."""
     from worker import logs, recorder
 
     where = _where(redis_url, prefix, source_url=source_url, sink_url=sink_url)
     logs.configure(where.log_level)
-    asyncio.run(recorder.record(where.source_url, where.sink_url, where.prefix, out))
+    limited = keep_hours is not None or keep_gb is not None
+    keep = recorder.Keep(keep_hours, keep_gb) if limited else None
+    asyncio.run(recorder.record(where.source_url, where.sink_url, where.prefix, out, keep=keep))
 
 
 @app.command()

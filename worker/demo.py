@@ -36,6 +36,7 @@ from rlv3.market import Bars, read_bars, simulate
 from rlv3.policy import Policy, shipped_policy
 from shadow.backtest import check_steps
 from shadow.history import STREAMS, entries
+from shadow.recording import SNAPSHOT
 from shadow.records import (
     ARMS,
     BarRow,
@@ -48,7 +49,6 @@ from shadow.records import (
 from worker.embedded import RedisServer, leashed
 from worker.errors import CheckFailed
 from worker.keys import Keys
-from worker.recorder import SNAPSHOT
 from worker.tail import AWAY, connected, read
 
 WORLD = "regime_switching"

@@ -3,142 +3,81 @@
 A recording is a directory: `snapshot.msgpack`, `artifacts/<digest>.safetensors` and one table of
 raw entries per stream, in the segments of `shadow.segments`. With every flush it notes a cut: input
 cursors and last outputs that were committed together and are all recorded. Audits end at the cut.
+
+What is kept for a while only lies in parts, `part-<ms>`: each is a recording with a starting state
+of its own, and ends exactly where the next one begins. The oldest part goes as a whole.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import structlog
 from redis.asyncio import Redis
 
 from rlv3.errors import DataError, UserError
-from shadow.pipeline import Settings
+from shadow.recording import (
+    CUT,
+    OUTPUTS,
+    PART,
+    SNAPSHOT,
+    Cut,
+    Snapshot,
+    cursors_of,
+    load_snapshot,
+    raw_lines,
+    raw_table,
+)
 from shadow.records import RunRow
 from shadow.segments import (
     START,
     SegmentWriter,
-    Table,
     make_directory,
     parse_id,
     write_durably,
 )
-from shadow.store import COMPARISONS, DECISIONS, decode_record
+from shadow.store import COMPARISONS, decode_record
 from worker.keys import Keys
 from worker.tail import (
     AWAY,
     Backoff,
-    Reply,
     connected,
     copy_artifact,
     missed,
-    read,
     stop_on_signals,
     stream_info,
 )
 
-OUTPUTS = (DECISIONS, COMPARISONS)
 FLUSH_S = 1.0
-FLUSH_ROWS = 16_384
-FLUSH_BYTES = 64 << 20
-_BATCH = 500  # entries of each stream in one read; production's largest are a few KiB
+FLUSH_BYTES = 32 << 20
+_BATCH = 1_000  # entries of each stream in one read; production's largest are a few KiB
+_PARTS = 4
+"""What is kept, in parts; so that dropping one drops no more than a quarter of it."""
 _POLL_S = 0.1
-SNAPSHOT = "snapshot.msgpack"
-CUT = "cut"
 _TIDY_S = 60.0
 
 log = structlog.get_logger()
+Reply = list[tuple[bytes, list[Any]]]
 
 
-class Snapshot(msgspec.Struct):
-    """The worker's state right after one of its commits."""
+class Keep(NamedTuple):
+    """What is kept of a recording; None for no limit."""
 
-    prefix: str
-    meta: dict[str, bytes]
-    cells: dict[str, dict[str, bytes]]
-    ends: dict[str, str]
-    """Last id of each of our streams then."""
+    hours: float | None = None
+    gb: float | None = None
 
-    @property
-    def cursors(self) -> dict[str, str]:
-        """Full input stream key -> id of the last entry folded."""
-        return _cursors(self.meta["cursors"])
-
-    @property
-    def frozen(self) -> dict[str, Any]:
-        """What the worker froze for its run: `settings` of the pipeline, `inputs`, `tables`."""
-        return cast("dict[str, Any]", json.loads(self.meta["frozen"]))
-
-    @property
-    def inputs(self) -> list[str]:
-        """Logical input names in rank order."""
-        return list(self.frozen["inputs"])
-
-    @property
-    def settings(self) -> Settings:
-        """The pipeline's settings."""
-        return Settings.restore(self.frozen["settings"])
-
-    @property
-    def policy(self) -> str:
-        """Digest of the artifact in force."""
-        return self.meta["policy"].decode()
-
-    @property
-    def counts(self) -> dict[tuple[str, str], int]:
-        """(event type, outcome) -> entries since the first start."""
-        counts = {}
-        for name, value in self.meta.items():
-            if name.startswith("n:"):
-                event_type, _, outcome = name[2:].rpartition(":")
-                counts[event_type, outcome] = int(value)
-        return counts
-
-
-class Cut(msgspec.Struct):
-    """Input cursors and our last outputs, committed together."""
-
-    cursors: dict[str, str]
-    ends: dict[str, str]
-
-
-def raw_table(event_type: str) -> Table:
-    """Return the table of a stream's raw entries: id, and names and values of its fields."""
-    texts = {"stream_id": "VARCHAR", "names": "VARCHAR[]", "contents": "VARCHAR[]"}
-    return Table(
-        f"entries/{event_type}",
-        event_type,
-        texts,
-        {
-            "stream_id": ("VARCHAR", "stream_id"),
-            "names": ("BLOB[]", "[from_base64(item) FOR item IN names]"),
-            "contents": ("BLOB[]", "[from_base64(item) FOR item IN contents]"),
-        },
-    )
-
-
-def load_snapshot(recording: Path) -> Snapshot:
-    """Read a recording's starting state.
-
-    Raises:
-        DataError: there is none, or it is damaged.
-    """
-    path = recording / SNAPSHOT
-    try:
-        return msgspec.msgpack.decode(path.read_bytes(), type=Snapshot)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"expected a recording of `rlv3-worker record` in {recording}, found no {SNAPSHOT}"
-        ) from error
-    except (OSError, msgspec.DecodeError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
+    def part_is_full(self, age_s: float, size: int) -> bool:
+        """Return True when another part should begin."""
+        return (self.hours is not None and age_s >= self.hours * 3_600 / _PARTS) or (
+            self.gb is not None and size >= self.gb * 1e9 / _PARTS
+        )
 
 
 async def take_snapshot(link: Redis, keys: Keys) -> Snapshot | None:
@@ -179,7 +118,13 @@ class Recorder:
     """Copies input entries, decisions and comparisons into a recording."""
 
     def __init__(
-        self, source: Redis, sink: Redis, keys: Keys, snapshot: Snapshot, writer: SegmentWriter
+        self,
+        source: Redis,
+        sink: Redis,
+        keys: Keys,
+        snapshot: Snapshot,
+        writer: SegmentWriter,
+        keep: Keep | None = None,
     ) -> None:
         self.source = source
         self.sink = sink
@@ -188,6 +133,10 @@ class Recorder:
         self.inputs = self._start([keys.stream(name) for name in snapshot.inputs], snapshot.cursors)
         self.outputs = self._start([keys.stream(name) for name in OUTPUTS], snapshot.ends)
         self._changed_at: float | None = None
+        self._keep = keep
+        self._begun_at = time.monotonic()
+        self._sized_at = time.monotonic()
+        self._size = _size(writer.directory)
         self._policies = {snapshot.policy}
         self._redis = Backoff("REDIS")
         self._disk = Backoff("RECORDING")
@@ -202,9 +151,12 @@ class Recorder:
                 progress.counts.setdefault("ordinal", 0)
         return cursors
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event) -> Snapshot | None:
         """Record until asked to stop, then take what is there and return.
 
+        Returns:
+            None; or, when the part is full, the state with which the next one begins: this one has
+            everything before it, and no more.
         Raises:
             UserError: the disk refuses the last entries.
         """
@@ -217,9 +169,12 @@ class Recorder:
                 idle = await self._follow(stop)
                 if self._due():
                     await self._flush(stop)
+                if self._is_full() and (following := await self._end(stop)) is not None:
+                    return following
                 if idle:
                     await _pause(stop)
             await self._drain()
+            return None
         finally:
             tidying.cancel()
             await asyncio.gather(tidying, return_exceptions=True)
@@ -239,8 +194,8 @@ class Recorder:
     async def _read_to(self, cut: Cut) -> bool:
         """Read until everything up to a cut is taken; False when a flush is due before that."""
         while not self._due():
-            taken = self._take(self.inputs, await read(self.source, self.inputs, _BATCH))
-            found = await read(self.sink, self.outputs, _BATCH)
+            taken = self._take(self.inputs, await _read(self.source, self.inputs))
+            found = await _read(self.sink, self.outputs)
             await self._copy_artifacts(found)
             taken += self._take(self.outputs, found)
             # what a cut names may have been trimmed; when nothing is left to read, it is reached
@@ -260,7 +215,7 @@ class Recorder:
         if policy is not None:
             await self._copy_artifact(policy.decode())
         return Cut(
-            cursors={} if cursors is None else _cursors(cursors),
+            cursors={} if cursors is None else cursors_of(cursors),
             ends=dict(zip(self.outputs, map(_newest, newest), strict=True)),
         )
 
@@ -269,8 +224,9 @@ class Recorder:
         for name, entries in found:
             if name.decode() != self.keys.comparisons:
                 continue
-            for _, fields in entries:
-                payload = fields.get(b"payload", b"")
+            for _, flat in entries:
+                values = iter(flat)
+                payload = dict(zip(values, values, strict=True)).get(b"payload", b"")
                 if b"action_table" in payload:  # nothing but a run's row has one
                     row = decode_record(COMPARISONS, payload)
                     if isinstance(row, RunRow):
@@ -293,12 +249,13 @@ class Recorder:
         for name, found in reply:
             stream = name.decode()
             table = f"entries/{stream.rpartition(':')[2]}"
-            for raw_id, fields in found:
-                entry_id = raw_id.decode()
-                parsed = self.writer.advance(stream, entry_id)
-                self.writer.add(table, parsed, _raw_line(entry_id, fields))
-                cursors[stream] = entry_id
+            for first, last, line in raw_lines(found):
+                self.writer.advance(stream, first)
+                parsed = self.writer.advance(stream, last) if last != first else parse_id(first)
+                self.writer.add(table, parsed, line)
+                cursors[stream] = last
             counts = self.writer.progress(stream).counts
+            counts["entries"] = counts.get("entries", 0) + len(found)
             if "ordinal" in counts:
                 counts["ordinal"] += len(found)
             taken += len(found)
@@ -322,8 +279,7 @@ class Recorder:
 
     def _due(self) -> bool:
         return self._changed_at is not None and (
-            self.writer.pending >= FLUSH_ROWS
-            or self.writer.pending_bytes >= FLUSH_BYTES
+            self.writer.pending_bytes >= FLUSH_BYTES
             or time.monotonic() - self._changed_at >= FLUSH_S
         )
 
@@ -351,8 +307,37 @@ class Recorder:
             await asyncio.to_thread(self.writer.flush)
         except OSError as error:
             raise self._unwritable(error) from error
-        rows = {name: group.rows for name, group in self.writer.position.groups.items()}
-        log.info("RECORDER_STOPPED", **rows)
+        groups = self.writer.position.groups
+        log.info("RECORDER_STOPPED", **{k: g.counts.get("entries", 0) for k, g in groups.items()})
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    def _is_full(self) -> bool:
+        now = time.monotonic()
+        if self._keep is None or now - self._sized_at < FLUSH_S:
+            return False
+        self._sized_at = now
+        self._size = _size(self.writer.directory)
+        return self._keep.part_is_full(now - self._begun_at, self._size)
+
+    async def _end(self, stop: asyncio.Event) -> Snapshot | None:
+        """End this part exactly at a state of the worker; None when that did not work now."""
+        try:
+            following = await take_snapshot(self.sink, self.keys)
+            if following is None:
+                return None
+            cut = Cut(following.cursors, following.ends)
+            while not await self._read_to(cut):
+                await asyncio.to_thread(self.writer.flush)
+                self._changed_at = None
+            await asyncio.to_thread(self.writer.flush)
+        except AWAY as error:
+            await self._redis.failed(error, stop)
+            return None
+        except OSError as error:
+            await self._disk.failed(error, stop)
+            return None
+        return following
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
@@ -363,7 +348,8 @@ class Recorder:
     async def _tidy(self) -> None:
         while True:
             try:
-                await asyncio.to_thread(self.writer.tidy)
+                # of a finished day as well: one file of hours at full rate would be too much
+                await asyncio.to_thread(self.writer.merge_small)
             except (OSError, DataError) as error:
                 log.warning("SEGMENTS_NOT_MERGED", error=str(error))
             await asyncio.sleep(_TIDY_S)
@@ -375,10 +361,13 @@ async def record(
     prefix: str,
     out: Path,
     *,
+    keep: Keep | None = None,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Record until SIGTERM (or `stop`); an existing recording is continued.
 
+    Args:
+        keep: what is kept; everything by default.
     Raises:
         RedisUnavailable: Redis does not answer at start.
         DataError: the directory is in use, or holds something else.
@@ -386,16 +375,85 @@ async def record(
     stop = stop or stop_on_signals()
     keys = Keys(prefix)
     async with connected(source_url) as source, connected(sink_url) as sink:
-        snapshot = await _first_state(sink, keys, out, stop)
-        if snapshot is None:
+        for link in (source, sink):
+            link.set_response_callback("XREAD", _as_sent)
+        directory = out if keep is None else _newest_part(out)
+        snapshot = await _first_state(sink, keys, directory, stop)
+        while snapshot is not None:
+            tables = [raw_table(name) for name in (*snapshot.inputs, *OUTPUTS)]
+            writer = SegmentWriter(directory, tables)
+            try:
+                log.info("RECORDER_STARTED", recording=str(directory), inputs=snapshot.inputs)
+                recorder = Recorder(source, sink, keys, snapshot, writer, keep)
+                snapshot = await recorder.run(stop)
+            finally:
+                writer.close()
+            if snapshot is not None and keep is not None:
+                directory = await asyncio.to_thread(_begin_part, out, directory, snapshot)
+                await asyncio.to_thread(_drop_parts, out, keep)
+
+
+def _newest_part(out: Path) -> Path:
+    """Return the part that is to be continued, or the first one."""
+    if (out / SNAPSHOT).exists():
+        raise DataError(
+            f"expected a directory for parts of a recording, found a whole one in {out}; choose "
+            "another, or keep everything"
+        )
+    parts = [path for path in sorted(out.glob(PART + "*")) if (path / SNAPSHOT).exists()]
+    return parts[-1] if parts else _new_part(out)
+
+
+def _new_part(out: Path) -> Path:
+    return out / f"{PART}{time.time_ns() // 1_000_000:013d}"
+
+
+def _begin_part(out: Path, former: Path, snapshot: Snapshot) -> Path:
+    """Make the next part: its artifact, then the state with which it begins."""
+    part = _new_part(out)
+    make_directory(part / "artifacts")
+    name = f"artifacts/{snapshot.policy}.safetensors"
+    shutil.copy(former / name, part / name)
+    write_durably(part / SNAPSHOT, msgspec.msgpack.encode(snapshot))
+    return part
+
+
+def _drop_parts(out: Path, keep: Keep) -> None:
+    """Delete the oldest parts: those that end before what is kept, and what is too much."""
+    parts = sorted(out.glob(PART + "*"))
+    sizes = [_size(part) for part in parts]
+    oldest = 0.0 if keep.hours is None else time.time() - keep.hours * 3_600
+    while len(parts) > 1:
+        ends_at = int(parts[1].name.removeprefix(PART)) / 1_000
+        # the part that begins now needs room, too
+        room = None if keep.gb is None else keep.gb * 1e9 * (1 - 1 / _PARTS)
+        if ends_at >= oldest and (room is None or sum(sizes) <= room):
             return
-        tables = [raw_table(name) for name in (*snapshot.inputs, *OUTPUTS)]
-        writer = SegmentWriter(out, tables)
+        log.info("PART_DROPPED", part=str(parts[0]), bytes=sizes[0])
+        shutil.rmtree(parts[0])
+        del parts[0], sizes[0]
+
+
+def _size(directory: Path) -> int:
+    """Return the bytes of all files; those that go meanwhile do not count."""
+    total = 0
+    for path in directory.rglob("*"):
         try:
-            log.info("RECORDER_STARTED", recording=str(out), inputs=snapshot.inputs)
-            await Recorder(source, sink, keys, snapshot, writer).run(stop)
-        finally:
-            writer.close()
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def _as_sent(response: Any, **kwargs: Any) -> Any:  # noqa: ARG001 - the client's signature
+    """Leave the reply of XREAD as it is: taking it apart would cost more than recording it."""
+    return response
+
+
+async def _read(link: Redis, cursors: Mapping[str, str]) -> Reply:
+    """Return what follows the cursors: per stream its key and its entries, as XREAD has them."""
+    streams: dict[Any, Any] = dict(cursors)
+    return cast("Reply", await link.xread(streams, count=_BATCH) or [])
 
 
 async def _first_state(sink: Redis, keys: Keys, out: Path, stop: asyncio.Event) -> Snapshot | None:
@@ -431,20 +489,6 @@ async def _pause(stop: asyncio.Event) -> None:
         await asyncio.wait_for(stop.wait(), _POLL_S)
     except TimeoutError:
         return
-
-
-def _raw_line(entry_id: str, fields: Mapping[bytes, bytes]) -> bytes:
-    row = {
-        "stream_id": entry_id,
-        "names": [b64encode(name).decode() for name in fields],
-        "contents": [b64encode(content).decode() for content in fields.values()],
-    }
-    return msgspec.json.encode(row) + b"\n"
-
-
-def _cursors(text: bytes) -> dict[str, str]:
-    """Read the cursors field of meta; `seq` in it is the commit's number, no stream."""
-    return {stream: entry_id for stream, entry_id in json.loads(text).items() if stream != "seq"}
 
 
 def _newest(reply: Sequence[tuple[bytes, object]]) -> str:

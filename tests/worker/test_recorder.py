@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import msgpack
 import numpy as np
 import pytest
 import redis
@@ -22,6 +26,7 @@ import redis
 from rlv3.errors import DataError
 from rlv3.features import Normaliser
 from rlv3.policy import Policy, build_artifact, shipped_policy
+from shadow.recording import Reading, load_snapshot
 from shadow.segments import list_segments, read_position
 from worker import logs
 from worker.artifact import load_policy
@@ -31,7 +36,7 @@ from worker.config import WorkerConfig
 from worker.embedded import RedisServer, leashed
 from worker.errors import CheckFailed
 from worker.keys import Keys
-from worker.recorder import load_snapshot, record
+from worker.recorder import Keep, _drop_parts, record
 from worker.service import Worker
 
 KEYS = Keys()
@@ -158,11 +163,13 @@ async def working(config: WorkerConfig) -> AsyncIterator[Worker]:
 
 
 @asynccontextmanager
-async def recording(config: WorkerConfig, out: Path) -> AsyncIterator[None]:
+async def recording(
+    config: WorkerConfig, out: Path, keep: Keep | None = None
+) -> AsyncIterator[None]:
     """A recorder in this loop, stopped in order at the end."""
     stop = asyncio.Event()
     task = asyncio.create_task(
-        record(config.source_url, config.sink_url, config.prefix, out, stop=stop)
+        record(config.source_url, config.sink_url, config.prefix, out, keep=keep, stop=stop)
     )
     try:
         yield
@@ -440,19 +447,146 @@ def test_a_record_that_nobody_computes_and_a_changed_value_are_found(
 
 def _change_first_decision(recorded: Path, old: bytes, new: bytes) -> None:
     """Forge the payload of the first recorded decision."""
-    (segments,) = list_segments(recorded, "entries/rl_v3.decision").values()
+
+    def forge(packed: bytes) -> bytes:
+        rows = msgpack.unpackb(packed, raw=True)
+        at = rows[0][1].index(b"payload") + 1
+        rows[0][1][at] = rows[0][1][at].replace(old, new, 1)
+        return msgpack.packb(rows)
+
+    _change(recorded, "rl_v3.decision", forge, honest=True)
+
+
+def _change(
+    recorded: Path, name: str, change: Callable[[bytes], bytes], *, honest: bool = False
+) -> None:
+    """Change the first row of a recorded stream; an honest forger mends the checksum as well."""
+    (segments,) = list_segments(recorded, f"entries/{name}").values()
     path = segments[0].path
     with duckdb.connect(":memory:") as connection:
         connection.execute(f"CREATE TABLE t AS SELECT * FROM '{path}'")
-        (first, names, contents), *_ = connection.execute(
-            "SELECT stream_id, names, contents FROM t LIMIT 1"
-        ).fetchall()
-        at = names.index(b"payload")
-        contents[at] = contents[at].replace(old, new, 1)
+        first, packed, crc = connection.execute(
+            "SELECT first_id, entries, crc FROM t ORDER BY first_id LIMIT 1"
+        ).fetchone()
+        changed = change(packed)
         connection.execute(
-            "UPDATE t SET contents = ?::BLOB[] WHERE stream_id = ?", [contents, first]
+            "UPDATE t SET entries = ?, crc = ? WHERE first_id = ?",
+            [changed, zlib.crc32(changed) if honest else crc, first],
         )
-        connection.execute(f"COPY (FROM t ORDER BY stream_id) TO '{path}' (FORMAT parquet)")
+        connection.execute(f"COPY (FROM t ORDER BY first_id) TO '{path}' (FORMAT parquet)")
+
+
+def test_one_changed_byte_is_found_and_named(
+    server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    config = config_of(server, artifact)
+    entries = feed(9, minutes=40)
+    whole = tmp_path / "whole"
+
+    async def main() -> None:
+        async with recording(config, whole), working(config) as worker:
+            await until(snapshot_taken(whole))
+            append(server, entries)
+            await folded(worker, len(entries))
+
+    asyncio.run(main())
+    assert audit(whole).ok
+
+    def altered(name: str, change: Callable[[bytes], bytes], *, honest: bool) -> Audit:
+        copy = Path(tempfile.mkdtemp(dir=tmp_path)) / "copy"
+        shutil.copytree(whole, copy)
+        _change(copy, name, change, honest=honest)
+        return audit(copy)
+
+    def price(packed: bytes) -> bytes:
+        at = packed.index(b'"price": ') + 9
+        return packed[:at] + (b"7" if packed[at : at + 1] != b"7" else b"8") + packed[at + 1 :]
+
+    def label(packed: bytes) -> bytes:
+        return packed.replace(b"LONG", b"LENG", 1).replace(b"HOLD", b"HELD", 1)
+
+    found = altered("market.tick", price, honest=True)
+    assert not found.ok
+    assert found.damaged == ()
+    assert found.different["decision"] > 0
+    assert found.examples[0].startswith("decision ")
+    found = altered("market.tick", price, honest=False)
+    assert found.different["decision"] > 0
+    assert f"of {KEYS.stream('market.tick')}" in found.damaged[0]
+    found = altered("rl_v3.decision", label, honest=True)
+    assert found.different["decision"] in (1, 2)
+    assert "action_name is" in found.examples[0]
+    found = altered("rl_v3.decision", lambda p: p.replace(b'{"symbol', b'["symbol', 1), honest=True)
+    assert (found.missing["decision"], len(found.damaged)) == (1, 1)
+    with pytest.raises(CheckFailed, match="found 1 that differ and 1 damages"):
+        show(found)
+
+
+def test_what_is_kept_for_a_while_lies_in_parts_that_follow_each_other(
+    server: RedisServer, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.recorder.FLUSH_S", 0.1)
+    config = config_of(server, artifact)
+    entries = feed(10, minutes=60)
+    keep = Keep(hours=2.0 / 3_600)  # parts of half a second
+
+    def parts() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("part-*"))
+
+    async def main() -> tuple[set[str], int]:
+        seen: set[str] = set()
+        async with recording(config, tmp_path, keep), working(config) as worker:
+            await until(lambda: bool(parts()))
+            for start in range(0, len(entries), 50):
+                append(server, entries[start : start + 50])
+                await asyncio.sleep(0.06)
+                seen |= set(parts())
+            await folded(worker, len(entries))
+        async with recording(config, tmp_path, keep):  # continues the newest part
+            pass
+        return seen, decided(worker)
+
+    seen, decisions = asyncio.run(main())
+    assert len(seen) >= 4
+    left = parts()
+    assert left == sorted(seen | set(left))[-len(left) :]  # the newest
+    assert min(seen) not in left
+    found = audit(tmp_path)
+    assert found.examples == []
+    assert found.ok
+    assert found.lost == 0
+    assert 0 < found.equal["decision"] < decisions
+    one = audit(tmp_path / left[-2])
+    assert one.ok
+    shutil.rmtree(tmp_path / left[-2])
+    found = audit(tmp_path)
+    assert found.damaged == (f"there is a gap before {tmp_path / left[-1]}",)
+
+
+def test_parts_are_dropped_by_age_and_by_size(tmp_path: Path) -> None:
+    now_ms = int(time.time() * 1_000)
+
+    def make(*ages_s: float) -> list[str]:
+        for age_s in ages_s:
+            part = tmp_path / f"part-{now_ms - int(age_s * 1_000):013d}"
+            part.mkdir(exist_ok=True)
+            (part / "data").write_bytes(b"x" * 1_000)
+        return sorted(path.name for path in tmp_path.glob("part-*"))
+
+    names = make(9_000, 5_000, 3_000, 1_000)
+    _drop_parts(tmp_path, Keep(hours=1.0))  # the second one ended 3,000 s ago
+    assert make() == names[1:]
+    _drop_parts(tmp_path, Keep(gb=3.0e-6))  # three quarters of 3,000 bytes: room for two parts
+    assert make() == names[2:]
+    assert Keep(hours=1.0).part_is_full(900.0, 0)
+    assert not Keep(hours=1.0).part_is_full(899.0, 1 << 40)
+    assert Keep(gb=4.0).part_is_full(0.0, 1_000_000_000)
+
+
+def test_a_whole_recording_is_not_continued_in_parts(tmp_path: Path, server: RedisServer) -> None:
+    (tmp_path / "snapshot.msgpack").write_bytes(b"")
+    with pytest.raises(DataError, match="expected a directory for parts"):
+        asyncio.run(record(server.url, server.url, "quantum", tmp_path, keep=Keep(gb=1.0)))
 
 
 def test_binary_fields_survive(server: RedisServer, artifact: Path, tmp_path: Path) -> None:
@@ -470,13 +604,9 @@ def test_binary_fields_survive(server: RedisServer, artifact: Path, tmp_path: Pa
             await folded(worker, 2)
 
     asyncio.run(main())
-    with duckdb.connect(":memory:") as connection:
-        rows = connection.execute(
-            f"SELECT stream_id, names, contents FROM '{tmp_path}/entries/market.tick/*/*.parquet'"
-            " ORDER BY ALL"
-        ).fetchall()
-    assert rows[0] == (f"{T0}-7", list(odd), list(odd.values()))
-    assert len(rows[1][2][0]) == 13 << 20
+    first, second = Reading(tmp_path, load_snapshot(tmp_path)).inputs("market.tick")
+    assert (first.entry_id, first.fields) == (f"{T0}-7", odd)
+    assert len(second.fields[b"payload"]) == 13 << 20
     assert audit(tmp_path).ok
 
 
