@@ -11,7 +11,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint type format bench chaos calibrate policy clean
+.PHONY: help setup demo test check lint type format bench recorder chaos trims fuzz calibrate policy clean
 
 help:    ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,12 +40,22 @@ format: .venv/.everything ## let ruff decide the layout and fix what it can
 bench: .venv/.serving     ## measure the worker: events per second, latency, what the bus notices, recovery
 	@$(BIN)/python bench/bench_worker.py $(ARGS)
 
+bench-record: .venv/.everything  ## measure recorder and audit: rate, memory, disk
+	@$(BIN)/python -m bench.bench_record $(ARGS)
+
 SEEDS ?= 20
 chaos: .venv/.everything  ## play every fault against the worker: SEEDS=200, goes on where it was stopped
 	@$(BIN)/python -m tests.chaos.run --seeds $(SEEDS) $(ARGS)
 
 calibrate: .venv/.everything ## measure how often verdicts are wrong, and how often an edge is found
 	@$(BIN)/python -m tests.calibration.run $(ARGS)
+
+trims: .venv/.everything  ## 100 trimming scenarios on Redis >= 7: is the reported loss the true one?
+	@$(BIN)/python -m tests.chaos.trims $(ARGS)
+
+INPUTS ?= 100000
+fuzz: .venv/.everything   ## decode INPUTS drawn entries; none may raise
+	@$(BIN)/python -m tests.shadow.fuzz_codec $(INPUTS)
 
 policy: .venv/.everything ## train the shipped policy and RL v2's reference tables again
 	@$(BIN)/python -m rlv3.build_policy

@@ -24,7 +24,7 @@ import msgspec
 from rlv3.errors import DataError, UserError
 from rlv3.policy import Policy
 from shadow.pipeline import OUTCOMES, Pipeline, Settings
-from shadow.records import Commit, Comparison, Decision, Entry, LedgerRow
+from shadow.records import Commit, Entry, LedgerRow
 from shadow.rl_v2 import QTables
 from shadow.segments import (
     START,
@@ -263,17 +263,10 @@ class Reading:
             found.append(mark)
         return found
 
-    def _outputs(self) -> Iterator[Decision | Comparison]:
-        """Yield decisions and comparisons, in the order of their streams, side by side."""
-        pairs = zip_longest(*(self._payloads(name) for name in OUTPUTS))
-        for pair in pairs:
-            for item in pair:
-                if item is None:
-                    continue
-                try:
-                    yield decode_record(*item)
-                except ValueError as error:
-                    self.damaged.add(f"{item[0]} {item[1][:80]!r}: {error}")
+    def _outputs(self) -> Iterator[tuple[str, bytes]]:
+        """Yield decisions and comparisons as recorded, each stream in its order, side by side."""
+        for pair in zip_longest(*(self._payloads(name) for name in OUTPUTS)):
+            yield from (item for item in pair if item is not None)
 
     def _payloads(self, name: str) -> Iterator[tuple[str, bytes]]:
         for _, flat in self._entries(name):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +20,11 @@ import msgspec
 from rlv3 import console
 from shadow.recording import OUTPUTS, Reading, Replay, load_snapshot, parts_of, restored
 from shadow.records import Comparison, Decision, LedgerRow, Output, RunRow, encode
-from shadow.store import decode_record
+from shadow.store import COMPARISONS, DECISIONS, decode_record
 from worker.errors import CheckFailed
 
 _EXAMPLES = 5
+_PILE = 4_096
 _RECOMPUTED = ("minute", "conflated", "lost", "order", "swap", "crash", "replay")  # all but stop
 
 
@@ -97,63 +99,110 @@ def _audit_part(
     comparison = _Comparing(replay.runs)
     for commit in replay.commits():
         comparison.computed(commit.outputs)
-        comparison.recorded(reader.outputs, len(comparison.waiting_computed))
+        comparison.recorded(reader.outputs, comparison.waiting)
     comparison.recorded(reader.outputs, None)
     result = comparison.result(replay.folded - replay.before, reader.lost)
     begin = snapshot.cursors | snapshot.ends
-    return begin, reader.ends, result._replace(damaged=tuple(sorted(reader.damaged)))
+    return (
+        begin,
+        reader.ends,
+        result._replace(damaged=(*sorted(reader.damaged), *comparison.unreadable)),
+    )
 
 
 class _Comparing:
-    """Matches computed and recorded records by their ids, whichever comes first."""
+    """Matches computed and recorded records, whichever comes first.
+
+    By their bytes, as long as these agree, since that costs least; what finds no equal waits, and
+    is matched by its id when much has piled up, and at the end.
+    """
 
     def __init__(self, runs: set[str]) -> None:
         self.runs = runs
-        self.waiting_computed: dict[tuple[str, str], bytes] = {}
-        self.waiting_recorded: dict[tuple[str, str], bytes] = {}
+        self._computed: dict[tuple[str, str], bytes] = {}
+        self._recorded: dict[tuple[str, str], bytes] = {}
+        self._computed_bytes: Counter[tuple[str, bytes]] = Counter()
+        self._recorded_bytes: Counter[tuple[str, bytes]] = Counter()
         self.equal: Counter[str] = Counter()
         self.different: Counter[str] = Counter()
         self.conflated = 0
         self.examples: list[str] = []
+        self.unreadable: list[str] = []
+
+    @property
+    def waiting(self) -> int:
+        """Computed records that nothing recorded is equal to, so far."""
+        return len(self._computed_bytes)
 
     def computed(self, outputs: Sequence[Output]) -> None:
         """Take what the pipeline just put out."""
-        for output in outputs:
-            if output.event_type not in OUTPUTS:
-                continue
-            record = decode_record(output.event_type, output.payload)
-            if not isinstance(record, LedgerRow) or record.reason in _RECOMPUTED:
-                key, content = _comparable(record)
-                self._match(key, content, self.waiting_recorded, self.waiting_computed)
+        for name, payload, _, _ in outputs:
+            if name in OUTPUTS and self._counts(name, payload):
+                self._match((name, _timeless(name, payload)), self._recorded_bytes,
+                            self._computed_bytes)  # fmt: skip
+        self._settle(_PILE)
 
-    def recorded(self, outputs: Iterator[Decision | Comparison], count: int | None) -> None:
+    def recorded(self, payloads: Iterator[tuple[str, bytes]], count: int | None) -> None:
         """Take that many recorded records, or all that are left."""
-        while count is None or count > 0:
-            record = next(outputs, None)
-            if record is None:
-                return
-            if isinstance(record, LedgerRow):
-                if record.reason not in _RECOMPUTED:
-                    continue
-                if record.reason == "conflated":
-                    self.conflated += len(record.entry_ids)
-            if isinstance(record, RunRow) and record.run_id not in self.runs:
+        for name, payload in payloads if count is None else islice(payloads, count):
+            row = _special(name, payload)
+            if isinstance(row, LedgerRow) and row.reason == "conflated":
+                self.conflated += len(row.entry_ids)
+            if isinstance(row, RunRow) and row.run_id not in self.runs:
                 raise CheckFailed(
                     f"expected the recording's runs to follow each other, found that "
-                    f"{record.run_id} began on its own; record it anew"
+                    f"{row.run_id} began on its own; record it anew"
                 )
-            key, content = _comparable(record)
-            self._match(key, content, self.waiting_computed, self.waiting_recorded)
-            if count is not None:
-                count -= 1
+            if self._counts(name, payload):
+                self._match((name, _timeless(name, payload)), self._computed_bytes,
+                            self._recorded_bytes)  # fmt: skip
+        self._settle(_PILE)
+
+    @staticmethod
+    def _counts(name: str, payload: bytes) -> bool:
+        """Return False for a ledger row that a second fold does not write."""
+        row = _special(name, payload)
+        return not isinstance(row, LedgerRow) or row.reason in _RECOMPUTED
+
+    def _match(
+        self,
+        item: tuple[str, bytes],
+        others: Counter[tuple[str, bytes]],
+        own: Counter[tuple[str, bytes]],
+    ) -> None:
+        if item not in others:
+            own[item] += 1
+            return
+        others[item] -= 1
+        if not others[item]:
+            del others[item]
+        self.equal[_kind(*item)] += 1
+
+    def _settle(self, pile: int) -> None:
+        """Match by id what found no equal, when more than a pile of it waits."""
+        if max(len(self._computed_bytes), len(self._recorded_bytes)) <= pile:
+            return
+        for waiting, own, others in (
+            (self._computed_bytes, self._computed, self._recorded),
+            (self._recorded_bytes, self._recorded, self._computed),
+        ):
+            for name, payload in waiting.elements():
+                try:
+                    key, content = _comparable(decode_record(name, payload))
+                except ValueError as error:
+                    self.unreadable.append(f"{name} {payload[:80]!r}: {error}")
+                    continue
+                self._match_by_id(key, content, others, own)
+            waiting.clear()
 
     def result(self, entries: int, lost: int) -> Audit:
         """Return the outcome; what waits has no counterpart."""
-        missing = Counter(kind for kind, _ in self.waiting_computed)
-        unexpected = Counter(kind for kind, _ in self.waiting_recorded)
+        self._settle(-1)
+        missing = Counter(kind for kind, _ in self._computed)
+        unexpected = Counter(kind for kind, _ in self._recorded)
         for what, waiting in (
-            ("not recorded", self.waiting_computed),
-            ("not computed", self.waiting_recorded),
+            ("not recorded", self._computed),
+            ("not computed", self._recorded),
         ):
             for (kind, identity), content in waiting.items():
                 if len(self.examples) == 2 * _EXAMPLES:
@@ -164,7 +213,7 @@ class _Comparing:
             self.examples,
         )  # fmt: skip
 
-    def _match(
+    def _match_by_id(
         self,
         key: tuple[str, str],
         content: bytes,
@@ -180,6 +229,37 @@ class _Comparing:
             self.different[key[0]] += 1
             if len(self.examples) < _EXAMPLES:
                 self.examples.append(f"{key[0]} {key[1]}: {_first_difference(other, content)}")
+
+
+def _special(name: str, payload: bytes) -> Decision | Comparison | None:
+    """Return a row about streams or runs; None for all others, which are not looked into."""
+    if name != COMPARISONS:
+        return None
+    if payload[:1] == b"{" and not payload.startswith((b'{"kind":"ledger"', b'{"kind":"run"')):
+        return None
+    try:
+        return decode_record(name, payload)
+    except ValueError:
+        return None
+
+
+def _timeless(name: str, payload: bytes) -> bytes:
+    """Return a record without what a second fold may change: `latency_ms`, a decision's last."""
+    if payload[:1] != b"{":
+        try:
+            payload = encode(decode_record(name, payload))  # from msgpack
+        except ValueError:
+            return payload  # damaged: equal to nothing
+    if name != DECISIONS:
+        return payload
+    return payload.rpartition(b',"latency_ms":')[0] + b',"latency_ms":0.0}'
+
+
+def _kind(name: str, payload: bytes) -> str:
+    if name == DECISIONS:
+        return "decision"
+    kind = payload.split(b'"', 4)[3].decode()
+    return "v2" if kind == "decision" else kind
 
 
 def _comparable(record: Decision | Comparison) -> tuple[tuple[str, str], bytes]:
