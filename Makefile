@@ -40,7 +40,7 @@ format: .venv/.everything ## let ruff decide the layout and fix what it can
 bench: .venv/.serving     ## measure the worker: events per second, latency, what the bus notices, recovery
 	@$(BIN)/python bench/bench_worker.py $(ARGS)
 
-bench-record: .venv/.everything  ## measure recorder and audit: rate, memory, disk
+recorder: .venv/.everything ## measure recorder and audit: rate, memory, disk
 	@$(BIN)/python -m bench.bench_record $(ARGS)
 
 SEEDS ?= 20

@@ -128,7 +128,8 @@ def bench(
         took, used = time.perf_counter() - began, time.process_time() - used
         console.out.print(
             f"audit: {found.entries / took:,.0f} events/s by the clock, "
-            f"{found.entries / used:,.0f} per second of processor time, {found.entries / took / 500:.0f} times 500 events/s; "
+            f"{found.entries / used:,.0f} per second of processor time, "
+            f"{found.entries / took / 500:.0f} times 500 events/s; "
             f"{found.equal['decision']:,} decisions equal, {sum(found.different.values())} differ"
         )
         flood(server, Path(directory) / "flood", entries)

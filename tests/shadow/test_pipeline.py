@@ -12,6 +12,7 @@ import pytest
 from rlv3.events import Action
 from rlv3.policy import Policy
 from rlv3.portfolio import Costs
+from shadow import codec
 from shadow.pipeline import Pipeline, Settings
 from shadow.records import (
     BarRow,
@@ -504,3 +505,62 @@ def test_entries_out_of_order_are_named_in_the_commit_that_folds_them(
     assert named == [(f"{signal.stream}|{signal.entry_id}",)]
     commit = pipeline.run(ticks[8:], now_ms=0.0)
     assert not [row for row in rows([commit], LedgerRow) if row.reason == "order"]
+
+
+def test_an_id_beyond_every_calendar_is_folded_at_the_end_of_time(
+    policy: Policy, tables: QTables
+) -> None:
+    """Redis allows ids up to 2^64 - 1 ms; no date of that year can be written."""
+    pipeline = Pipeline(policy, tables, Settings(), INPUTS)
+    last = f"{2**64 - 1}-{2**64 - 1}"
+    stream = "quantum:stream:market.tick"
+    good = {b"payload": b'{"symbol": "AAAUSDT", "price": 100.0}'}
+    commits = [
+        pipeline.run([Entry(stream, "market.tick", last, fields)], now_ms=0.0, ahead=1)
+        for fields in (good, {b"payload": b"{"})
+    ]
+    (made,) = decisions(commits)
+    assert made.source_entry_id == last
+    assert made.event_ts == "9999-12-31T23:59:59.999000+00:00"
+    assert pipeline.counts == {("market.tick", "decided"): 1, ("market.tick", "dead_letter"): 1}
+
+
+@pytest.mark.parametrize("conflate", [False, True])
+def test_replays_change_nothing_but_the_ledger_wherever_a_batch_is_cut(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry, conflate: bool
+) -> None:
+    entries = workload(bus_entry, seed=4, minutes=25)
+    inputs = (*INPUTS, codec.REPLAY)
+    mixed = []
+    for n, entry in enumerate(entries):
+        mixed.append(entry)
+        if n % 40 == 39 and n < 400:  # each of ten twice, the second time much later
+            original = entry._replace(entry_id=f"5-{n % 200}")
+            fields = codec.replay_fields(original)
+            stream = f"quantum:stream:{codec.REPLAY}"
+            mixed.append(Entry(stream, codec.REPLAY, entry.entry_id, fields))
+    plain = Pipeline(policy, tables, Settings(), inputs)
+    without = payloads(fold(plain, entries))
+    results = []
+    for limit in (1, 7, 64):
+        pipeline = Pipeline(policy, tables, Settings(max_events=limit), inputs)
+        commits = fold(pipeline, mixed, conflate)
+        results.append(payloads(commits))
+        replayed = [row for row in rows(commits, LedgerRow) if row.reason == "replay"]
+        outcomes = {what: n for (name, what), n in pipeline.counts.items() if name == codec.REPLAY}
+        assert len(replayed) == outcomes["decided"] > 0
+        assert sum(outcomes.values()) == 10
+        assert outcomes["duplicate"] > 0
+        if not conflate:
+            rest = [
+                item
+                for item in results[-1]
+                if item[3].get("kind") != "ledger"
+                and not item[3].get("source_entry_id", "").startswith("5-")
+            ]
+            assert rest == [item for item in without if item[3].get("kind") != "ledger"]
+            assert [s.take_cells() for s in pipeline.symbols.values()] == [
+                s.take_cells() for s in plain.symbols.values()
+            ]
+    if not conflate:
+        assert results[0] == results[1] == results[2]

@@ -297,6 +297,36 @@ def test_missing_state_exits_4_when_told_to_fail(redis_server, client, daemon) -
 
 
 @pytest.mark.parametrize(
+    ("policy", "decided", "lost"),
+    [("resume-oldest", 110, 90), ("resume-latest", 100, 100), ("fail", 100, 0)],
+)
+def test_each_policy_of_on_gap_does_what_it_says(
+    redis_server, client, daemon, policy, decided, lost
+) -> None:
+    publish(client, 1, 100)
+    first = daemon(redis_server.url)
+    until(lambda: client.xlen(KEYS.decisions) == 99)
+    assert first.end(signal.SIGTERM)[0] == 0
+    publish(client, 101, 201)  # 100 ticks and a signal, of which 10 and the signal stay
+    client.xtrim(TICKS, maxlen=10, approximate=False)
+    before = client.xlen(KEYS.comparisons), client.hget(KEYS.meta, "cursors")
+    second = daemon(redis_server.url, "--on-gap", policy)
+    if policy == "fail":
+        code, _, err = second.end()
+        assert code == 4
+        assert "choose --on-gap resume-oldest or resume-latest" in err
+        assert (client.xlen(KEYS.comparisons), client.hget(KEYS.meta, "cursors")) == before
+        return
+    until(lambda: client.xlen(KEYS.decisions) == decided)
+    code, lines, _ = second.end(signal.SIGTERM)
+    assert code == 0
+    (said,) = [line for line in lines if line["event"] == "ENTRIES_LOST"]
+    exact = int(client.info("server")["redis_version"].split(".")[0]) >= 7
+    assert said["extra"]["entries"] == (lost if exact else "unknown")
+    assert counters(client)["signal.generated:decided"] == 1
+
+
+@pytest.mark.parametrize(
     ("flags", "sentence", "expected"),
     [
         (("--redis-url", "redis://:pw@127.0.0.1:1/0"), "127.0.0.1:1/0 to answer, found: ", 1),
