@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -182,6 +183,8 @@ class SegmentWriter:
         self._rows: dict[tuple[str, str], list[bytes]] = {}
         self._bytes = 0
         self._orphans: set[Path] = set()  # written by a flush that then failed
+        self._merging = threading.Lock()
+        self._closed = False
         self._retired: deque[tuple[float, Path]] = deque()
         self._sweep()
 
@@ -289,10 +292,15 @@ class SegmentWriter:
         )
 
     def close(self) -> None:
-        """Delete superseded segments and let the next writer in; does not flush."""
-        self._delete_retired(float("inf"))
-        self._duckdb.close()
-        os.close(self._lock)
+        """Delete superseded segments and let the next writer in; does not flush.
+
+        A merge that another thread has begun is waited for.
+        """
+        with self._merging:
+            self._closed = True
+            self._delete_retired(float("inf"))
+            self._duckdb.close()
+            os.close(self._lock)
 
     def _write(self, table: str, day: str, lines: list[bytes]) -> Path:
         spec = self.tables[table]
@@ -324,7 +332,7 @@ class SegmentWriter:
             with self._duckdb.cursor() as cursor:
                 cursor.execute(
                     f"COPY ({query}) TO {_quote(temporary)} "
-                    f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {row_group})"
+                    f"(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE {row_group})"
                 )
             _sync(temporary)
             os.replace(temporary, path)
@@ -366,7 +374,10 @@ class SegmentWriter:
         first, last = segments[0].first, max(segment.last for segment in segments)
         path = self.directory / table.name / f"day={day}" / f"{_text(first)}_{_text(last)}.parquet"
         rows = relation(table, [segment.path for segment in segments])
-        self._copy(rows, path, table.row_group)
+        with self._merging:
+            if self._closed:
+                return 0
+            self._copy(rows, path, table.row_group)
         deadline = time.monotonic() + _GRACE_S
         sources = [segment.path for segment in segments if segment.path != path]
         self._retired.extend((deadline, source) for source in sources)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
+import time
 from pathlib import Path
 
 import duckdb
@@ -409,6 +411,33 @@ def test_small_segments_of_an_open_day_are_merged(tmp_path: Path) -> None:
     writer.close()
     assert len(segments(tmp_path)) == 2
     assert ids(tmp_path) == numbered(*range(65))
+
+
+def test_a_merge_that_has_begun_is_waited_for_and_no_other_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = StoreWriter(tmp_path)
+    for number in range(64):
+        add(writer, number)
+        writer.flush()
+    begun = threading.Event()
+    copy = SegmentWriter._copy
+
+    def slow(self: SegmentWriter, query: str, path: Path, row_group: int) -> None:
+        begun.set()
+        time.sleep(0.2)
+        copy(self, query, path, row_group)
+
+    monkeypatch.setattr(SegmentWriter, "_copy", slow)
+    merged: list[int] = []
+    merging = threading.Thread(target=lambda: merged.append(writer.tidy()))
+    merging.start()
+    begun.wait()
+    writer.close()
+    merging.join()
+    assert merged == [64]
+    assert ids(tmp_path) == numbered(*range(64))
+    assert writer.tidy() == 0
 
 
 def test_a_reader_that_knew_the_position_before_a_merge_still_reads_once(tmp_path: Path) -> None:
