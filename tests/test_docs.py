@@ -111,9 +111,12 @@ PROGRAMS = {
 }
 
 
-def options_of(program: str, command: str) -> set[str]:
-    """Return every option of a command, without the shorthand of `--help`."""
-    return {opt for param in PROGRAMS[program].commands[command].params for opt in param.opts}
+def options_of(program: str, *words: str) -> set[str]:
+    """Return every option of a command, or of a command's command, but `--help`'s shorthand."""
+    command = PROGRAMS[program].commands[words[0]]
+    if words[1:] and words[1] in getattr(command, "commands", ()):
+        command = command.commands[words[1]]
+    return {opt for param in command.params for opt in param.opts}
 
 
 def test_readme_names_every_command_and_no_other() -> None:
@@ -134,7 +137,7 @@ def test_command_lines_use_options_that_exist(page: Path) -> None:
         program, command, *rest = line.split()
         if command.rstrip(",") not in PROGRAMS[program].commands:
             continue  # a list of commands; the README's is checked above
-        known = options_of(program, command.rstrip(",")) | {"--help"}
+        known = options_of(program, command.rstrip(","), *rest) | {"--help"}
         wrong += [f"{line}: {word}" for word in rest if word.startswith("--") and word not in known]
     assert wrong == []
 
