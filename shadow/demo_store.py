@@ -23,7 +23,7 @@ from rlv3.policy import shipped_policy
 from shadow.backtest import Summary, backtest
 
 WORLD = "regime_switching"
-SHARE = 0.5
+SHARE = 0.35
 """Of the world's moves in the store's prices; the rest is a random walk, in which nobody earns. The
 bare world is a training ground: it would show profits that no market pays."""
 SYMBOLS = {
