@@ -56,6 +56,7 @@ AWAY_LINE_S = 60.0
 LATENCY_SAMPLES = 4_096
 LATENCY_EVERY = 8
 """One in so many entries of a commit is a sample, its first always."""
+COMPARISONS = "rl_v3.comparison"
 _LOGGED_KINDS = (b'{"kind":"pair"', b'{"kind":"unpaired"', b'{"kind":"outcome"', b'{"kind":"bar"')
 
 T = TypeVar("T")
@@ -355,7 +356,7 @@ class Worker:
         self._latencies.extend(now_ms - entry.id_ms for entry in taken[::LATENCY_EVERY])
         self._outputs_since_trim += len(commit.outputs)
         for output in commit.outputs:
-            if output.payload.startswith(_LOGGED_KINDS):
+            if output.event_type == COMPARISONS and output.payload.startswith(_LOGGED_KINDS):
                 log_comparison(self.log, decode_comparison(output.payload))
 
     async def _tend(self) -> None:
