@@ -61,6 +61,7 @@ AWAY_LINE_S = 60.0
 LATENCY_SAMPLES = 4_096
 LATENCY_EVERY = 8
 """One in so many entries of a commit is a sample, its first always."""
+COMPARISONS = "rl_v3.comparison"
 TRIES = 2
 """An entry that was alone in hand so often when a worker died is not folded any more."""
 ALONE = 64
@@ -477,7 +478,7 @@ class Worker:
         self._outputs_since_trim += len(commit.outputs)
         self.meter.committed(waits_ms)
         for output in commit.outputs:
-            if output.payload.startswith(_NOTED_KINDS):
+            if output.event_type == COMPARISONS and output.payload.startswith(_NOTED_KINDS):
                 row = decode_comparison(output.payload)
                 self.meter.compared(row)
                 log_comparison(self.log, row)
