@@ -625,9 +625,11 @@ def release(
     lasts = [entry_key(rows[-1][0].decode()) for _, _, _, rows in found]
     if len(found) == 1 and lasts[0][0] < time_ms:  # one stream is in order already
         _, key, event_type, rows = found[0]
-        return [
-            Entry(key, event_type, entry_id.decode(), _pairs(flat)) for entry_id, flat in rows
-        ], None, 0
+        return (
+            [Entry(key, event_type, entry_id.decode(), _pairs(flat)) for entry_id, flat in rows],
+            None,
+            0,
+        )
     cut = [last for last, (_, _, _, rows) in zip(lasts, found, strict=True) if len(rows) >= count]
     limit = min(cut, default=None)
     due: list[tuple[int, int, int, Entry]] = []
