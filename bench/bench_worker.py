@@ -54,7 +54,11 @@ from worker.keys import INPUTS, Keys  # noqa: E402
 
 KEYS = Keys()
 PATIENCE_S = 120.0
-CALM = {"save": "", "appendfsync": "everysec", "slowlog-log-slower-than": "1000"}
+CALM = {
+    "appendfsync": "everysec",
+    "auto-aof-rewrite-percentage": "0",
+    "slowlog-log-slower-than": "1000",
+}
 ESSENTIAL = ("throughput", "steps", "peers", "latency", "bus", "recovery")
 RATES = (500, 2_000, 10_000)
 PAIRS = 5
