@@ -577,7 +577,8 @@ class Bus:
             return len(keys)
 
         types = dict.fromkeys([output.event_type for output in commit.outputs])
-        places = {event_type: place(self._key_of(event_type)) for event_type in types}
+        # a name that is not ours has no key: nothing else can ever be appended to
+        places = {event_type: place(self._outputs[event_type]) for event_type in types}
         states = [
             (place(self.keys.state(symbol)), symbol, list(chain.from_iterable(cells.items())))
             for symbol, cells in commit.cells.items()
@@ -588,14 +589,6 @@ class Bus:
             fields += (f"n:{event_type}:{outcome}", str(count))
         forgotten = [place(self.keys.state(symbol)) for symbol in forget]
         return keys, _pack((places, self._coded(commit.outputs), forgotten, states, fields))
-
-    def _key_of(self, event_type: str) -> str:
-        """Return the key of an output of ours; nothing else can ever be appended to."""
-        key = self._outputs.get(event_type)
-        if key is None:
-            allowed = ", ".join(self._outputs)
-            raise AssertionError(f"may append to {allowed} alone, was asked for {event_type}")
-        return key
 
     def _coded(self, outputs: list[Output]) -> list[Output]:
         """Return the outputs with their payloads in our codec, whatever is JSON still."""

@@ -21,6 +21,7 @@ FOREIGN = [*map(KEYS.stream, OTHERS), *map(KEYS.other, OTHERS_KEYS), "somebody:e
 OURS = [
     KEYS.decisions, KEYS.comparisons, KEYS.dlq("market.tick"), KEYS.meta, KEYS.symbols,
     KEYS.state("BTCUSDT"), KEYS.artifact("0" * 64), KEYS.collected, KEYS.heartbeat,
+    KEYS.replay, KEYS.verdict, KEYS.status,
 ]  # fmt: skip
 DAMAGING = (
     """
@@ -137,16 +138,24 @@ def test_each_user_may_do_only_its_own_work_with_our_keys(guarded: RedisServer) 
     outputs = (KEYS.decisions, KEYS.comparisons, KEYS.dlq("market.tick"))
     shell = {"SET", "HSET", "HINCRBY", "SADD", "SREM"}
     own = (KEYS.meta, KEYS.symbols, KEYS.artifact("0" * 64), KEYS.collected)
+    own += (KEYS.verdict, KEYS.status)
     assert permitted(guarded, "rlv3-worker") == {
         **{key: {"XADD", "XTRIM"} for key in outputs},
         **dict.fromkeys(own, frozenset(shell)),
         KEYS.state("BTCUSDT"): shell | {"DEL"},
         KEYS.heartbeat: {"SETEX"},
+        KEYS.replay: {"XTRIM"},
     }
     assert permitted(guarded, "rlv3-source") == {}
     assert permitted(guarded, "rlv3-analyst") == {}
-    assert permitted(guarded, "rlv3-collector") == {KEYS.collected: {"HSET"}}
-    assert permitted(guarded, "rlv3-operator") == {key: {"UNLINK"} for key in OURS}
+    assert permitted(guarded, "rlv3-collector") == {
+        KEYS.collected: {"HSET"},
+        KEYS.verdict: {"SET"},
+    }
+    assert permitted(guarded, "rlv3-operator") == {
+        **{key: {"UNLINK"} for key in OURS},
+        KEYS.replay: {"UNLINK", "XADD"},
+    }
 
 
 def test_users_are_off_and_without_a_password_as_shipped() -> None:

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(ENABLED, reason="is the operator's work, not the
 KEYS = Keys()
 OURS = [
     KEYS.decisions, KEYS.comparisons, KEYS.dlq("market.tick"), KEYS.meta, KEYS.symbols,
-    KEYS.state("BTCUSDT"), KEYS.state(""), KEYS.artifact("0" * 64), KEYS.collected,
+    KEYS.dlq("rl_v3.replay"), KEYS.state("BTCUSDT"), KEYS.state(""), KEYS.artifact("0" * 64),
+    KEYS.collected,
 ]  # fmt: skip
 ENVELOPE = {"event_type": "x", "payload": "{}", "source": "rl-v3-shadow"}
 
@@ -31,6 +32,7 @@ def theirs(client: redis.Redis) -> set[bytes]:
             client.xadd(key, ENVELOPE)
         else:
             client.set(key, "ours")
+    client.xadd(KEYS.replay, ENVELOPE | {"source": "market-publisher"})  # a copy of theirs
     names = [
         *map(KEYS.stream, OTHERS), *map(KEYS.other, OTHERS_KEYS), "quantum:dlq:somebody",
         "quantum:rl_v3_shadow", "quantum:rl_v3_shadows:x", "xquantum:rl_v3_shadow:meta",
@@ -51,7 +53,7 @@ def test_exactly_our_keys_go(redis_server, client, theirs) -> None:
     done = uninstall(redis_server, "--yes")
     assert done.exception is None
     assert set(client.keys("*")) == theirs
-    assert f"removed {len(OURS)} keys from {redis_server.url}" in done.stdout
+    assert f"removed {len(OURS) + 1} keys from {redis_server.url}" in done.stdout
     again = uninstall(redis_server, "--yes")
     assert "nothing of ours is in" in again.stdout
 
