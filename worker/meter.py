@@ -65,7 +65,7 @@ class Meter:
             histogram.sum_s += seconds
 
     def committed(self, waits_ms: list[float]) -> None:
-        """Take in an applied commit: per entry, the time from its id to now."""
+        """Take in an applied commit, and of some of its entries the time from their ids to now."""
         self._committed_at = time.monotonic()
         _add(self.latency["total"], [wait / 1_000 for wait in waits_ms])
 

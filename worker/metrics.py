@@ -63,7 +63,9 @@ METRICS: dict[str, _Row] = {
     "pairs": _Row("counter", "Decisions of RL v2 paired with one of RL v3.", ("sides",)),
     "unpaired": _Row("counter", "Decisions without a counterpart.", ("side", "reason")),
     "step_duration_seconds": _Row(
-        "histogram", "Time of a step of the path; total: from entry id to commit.", ("step",)
+        "histogram",
+        "Time of a step of the path; total: from entry id to commit, of one entry in eight.",
+        ("step",),
     ),
     "policy_info": _Row(
         "gauge", "The artifact in force.", ("digest", "trained_steps", "feature_version")

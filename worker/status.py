@@ -15,7 +15,8 @@ STALE_S = 5.0
 KEPT = 20
 """Newest disagreements that are shown."""
 STEPS = ("read", "fold", "commit", "total")
-"""Steps of the path with a histogram; total is from an entry's id to its commit."""
+"""Steps of the path with a histogram; total is from an entry's id to its commit,
+for every eighth entry of a commit, the first included."""
 EDGES_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
     5.0, 10.0, 30.0, 60.0,

@@ -153,7 +153,7 @@ def test_a_working_worker_is_seen_in_every_place(client, daemon, api: Server) ->
     assert api.json("/readyz") == {"ready": True, "state": "ready", "reason": ""}
     tick = {"event_type": "market.tick"}
     slowly(lambda: api.metric("events_total", outcome="decided", **tick) == 500)
-    assert api.metric("step_duration_seconds_count", step="total") == 505
+    assert 505 / 8 <= api.metric("step_duration_seconds_count", step="total") <= 505
     assert api.metric("bars_total") == 8
     summary = api.json(f"{DASHBOARD}/summary")
     assert summary["total_decisions"] == 505
