@@ -44,8 +44,8 @@ format: .venv/.everything ## let ruff decide the layout and fix what it can
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
 
-bench: .venv/.serving     ## measure the fold: events per second and where the time goes
-	@$(BIN)/python bench/bench_fold.py $(ARGS)
+bench: .venv/.serving     ## measure the worker: events per second, latency, what the bus notices, recovery
+	@$(BIN)/python bench/bench_worker.py $(ARGS)
 
 bench-report: .venv/.serving ## measure the report on a million and on ten million paired decisions
 	@$(BIN)/python bench/bench_report.py $(ARGS)

@@ -75,12 +75,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", choices=PEERS, action="append", help="CartPole's if unset")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     arguments = parser.parse_args()
     for recipe in arguments.recipe or ["cartpole-zoo", "cleanrl"]:
         peer = PEERS[recipe]
         print(f"{recipe}: {peer.env}, {peer.steps:,} steps, {EPISODES} deterministic episodes")
         scores = []
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             last, best, speed = train(recipe, peer, seed)
             scores.append(last)
             print(

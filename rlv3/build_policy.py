@@ -21,7 +21,7 @@ from rlv3.market import WORLDS
 from rlv3.policy import shipped_policy
 from rlv3.trainer import Update
 
-CONFIG = RLv3Config(seed=7, entropy_coef=0.001)
+CONFIG = RLv3Config(seed=7, entropy_coef=0.001, device="cpu")
 STEPS = 200_000
 MARKETS = ("regime_switching", "regime_switching", "regime_switching", "momentum",
            "mean_reversion", "random_walk")  # fmt: skip

@@ -51,7 +51,10 @@ app = typer.Typer(
 )
 
 PolicyOption = Annotated[
-    Path, typer.Option(help="Policy artifact (.safetensors); the shipped one if unset.")
+    Path,
+    typer.Option(
+        help="Policy artifact (.safetensors); the shipped one if unset.", show_default=False
+    ),
 ]
 MarketOption = Annotated[
     str | None,
@@ -105,7 +108,7 @@ def train(
     ] = None,
     bar_stamp: StampOption = "close",
     split: Annotated[
-        str, typer.Option(help="Shares of --data by time: train, [validation,] test.")
+        str, typer.Option(help="Shares of --data by time: train, validation, test; or train, test.")
     ] = "70,15,15",
     embargo: Annotated[
         int, typer.Option(help="Bars between one part and the first decision of the next.")
@@ -145,6 +148,11 @@ def train(
     if resume is not None and alone and (resume / CHECKPOINT).exists():
         _finish(resume)
         return
+    if resume is not None and not (resume / ARTIFACT).exists() and (resume / CHECKPOINT).exists():
+        raise ConfigError(
+            f"{resume}: expected a finished run to begin from, found an interrupted one, which "
+            f"rlv3 train --resume {resume} finishes if given alone"
+        )
     series = _read(data or [], bar_stamp)
     shares = parse_split(split)
     settings = read_config(config) if config else {}
@@ -268,7 +276,8 @@ def evaluate(
 
     Trading is compared with flat, buy-and-hold and random positions of equal turnover. Several
     policies give the interquartile mean of their mean returns with a 95 % bootstrap interval.
-    Without --data, --market or --env: the world regime_switching.
+    Without --data, --market or --env: the environment they were trained in, which for trading is
+    the world regime_switching.
 
     [bold]Examples[/bold]
 
@@ -282,6 +291,7 @@ def evaluate(
         raise ConfigError("expected --data with --from and --to, found none")
     loaded = {str(path): Policy.load(path) for path in _artifacts(policy or [SHIPPED])}
     _need_training()
+    env = env or _home(loaded, anywhere=not (data or market))
     from rlv3.evaluation import evaluate_bars, evaluate_env, evaluate_market
     from rlv3.metrics import interquartile_interval, interquartile_mean
     from rlv3.present import comparison_table, evaluation_table, provenance
@@ -358,6 +368,27 @@ def _artifacts(paths: list[Path]) -> list[Path]:
             raise PolicyError(f"expected {ARTIFACT} in {path} or in its folders, found none")
         found += inside
     return found
+
+
+def _home(policies: dict[str, Policy], *, anywhere: bool) -> str | None:
+    """Return the Gymnasium environment that policies were trained in; None for trading.
+
+    Args:
+        anywhere: nobody said where to evaluate; else it is on prices.
+    Raises:
+        ConfigError: policies of several environments, or prices for those of another one.
+    """
+    from rlv3.env import ENV_ID
+
+    homes = {name: one.metadata["training"].get("env") or ENV_ID for name, one in policies.items()}
+    strangers = {name: home for name, home in homes.items() if home != ENV_ID}
+    if not strangers:
+        return None
+    name, home = next(iter(strangers.items()))
+    if anywhere and set(homes.values()) == {home}:
+        return home
+    found = "prices" if not anywhere else f"policies of {', '.join(sorted(set(homes.values())))}"
+    raise ConfigError(f"{name}: expected --env {home}, where it was trained, found {found}")
 
 
 def _utc(moment: datetime | None) -> datetime | None:

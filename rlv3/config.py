@@ -79,8 +79,8 @@ class RLv3Config:
     """Length of a bar, and of a step."""
     seed: int = 0
     """Seeds every random stream of a run."""
-    device: str = "cpu"
-    """auto, cpu or cuda."""
+    device: str = "auto"
+    """auto, cpu or cuda. auto: CUDA where there is one and minibatches are large enough to pay."""
     backend: str = "auto"
     """auto, numba or torch: what updates are computed with. auto: numba on a CPU that has it."""
 

@@ -6,12 +6,13 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from rlv3.errors import UserError
 
-out = Console()
-"""Where results go (stdout)."""
-err = Console(stderr=True)
+out = Console(markup=False)
+"""Where results go (stdout); square brackets are only brackets."""
+err = Console(stderr=True, markup=False)
 """Where progress and errors go (stderr)."""
 
 
@@ -20,5 +21,5 @@ def run(app: typer.Typer) -> None:
     try:
         app()
     except UserError as error:
-        err.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        err.print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True)
         sys.exit(error.exit_code)

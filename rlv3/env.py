@@ -493,6 +493,6 @@ def make_padded(env_id: str, **options: Any) -> PaddedEnv:
     """
     try:
         env = gym.make(env_id, **options)
-    except gym.error.Error as error:
+    except (gym.error.Error, ImportError) as error:
         raise ConfigError(f"environment {env_id} cannot be made: {error}") from error
     return PaddedEnv(env)

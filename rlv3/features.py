@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -84,6 +85,7 @@ N_FEATURES = len(FEATURES)
 MARKET = tuple(i for i, f in enumerate(FEATURES) if f.source in ("bar", "quote", "clock"))
 """Indices that are normalised with frozen training statistics."""
 UNKNOWN = tuple(f.unknown for f in FEATURES)
+_FAST, _SLOW = 2 / (EMA_FAST + 1), 2 / (EMA_SLOW + 1)
 _REGIME = 10
 _REGIME_BITS = 0b1111 << _REGIME
 _BIT = tuple(1 << i for i in range(N_FEATURES))
@@ -248,8 +250,8 @@ class MarketState:
             k = min(n, RSI_WINDOW)
             self.avg_gain += (max(change, 0.0) - self.avg_gain) / k
             self.avg_loss += (max(-change, 0.0) - self.avg_loss) / k
-            self.ema_fast += (close - self.ema_fast) * (2 / (EMA_FAST + 1))
-            self.ema_slow += (close - self.ema_slow) * (2 / (EMA_SLOW + 1))
+            self.ema_fast += (close - self.ema_fast) * _FAST
+            self.ema_slow += (close - self.ema_slow) * _SLOW
         else:
             self.ema_fast = self.ema_slow = close
         self.closes.append(close)
@@ -313,8 +315,9 @@ class MarketState:
             missing |= 1 << 1
         change = price - last
         if n >= RSI_WINDOW:
-            gain = self.avg_gain + (max(change, 0.0) - self.avg_gain) / RSI_WINDOW
-            loss = self.avg_loss + (max(-change, 0.0) - self.avg_loss) / RSI_WINDOW
+            up, down = (change, 0.0) if change > 0.0 else (0.0, -change)
+            gain = self.avg_gain + (up - self.avg_gain) / RSI_WINDOW
+            loss = self.avg_loss + (down - self.avg_loss) / RSI_WINDOW
             both = gain + loss
             raw[4] = gain / both if both > 0.0 else 0.5
         else:
@@ -324,7 +327,8 @@ class MarketState:
             raw[2] = price / base - 1.0
             mean = (self._sum_r + r) / RETURN_WINDOW
             second = self._sum_r2 + r * r
-            raw[3] = math.sqrt(max(second / RETURN_WINDOW - mean * mean, 0.0))
+            variance = second / RETURN_WINDOW - mean * mean
+            raw[3] = math.sqrt(variance) if variance > 0.0 else 0.0
             path = self._path + abs(change)
             trend = (price - base) / path if path > 0.0 else 0.0
             raw[14] = trend
@@ -342,8 +346,8 @@ class MarketState:
         else:
             missing |= 0b1100 | _REGIME_BITS | 1 << 14
         if n >= EMA_SLOW:
-            fast = self.ema_fast + (price - self.ema_fast) * (2 / (EMA_FAST + 1))
-            slow = self.ema_slow + (price - self.ema_slow) * (2 / (EMA_SLOW + 1))
+            fast = self.ema_fast + (price - self.ema_fast) * _FAST
+            slow = self.ema_slow + (price - self.ema_slow) * _SLOW
             raw[5] = (fast - slow) / price
         else:
             missing |= 1 << 5
@@ -463,20 +467,26 @@ class Normaliser(NamedTuple):
 
         Every row is computed alone, so a row does not depend on its neighbours.
         """
-        rows = np.asarray(raw, dtype=np.float64)
-        obs = np.zeros((len(rows), OBS_DIM), dtype=np.float32)
-        scaled = (rows - self.mean) / self.scale
-        market = list(MARKET)
-        scaled[:, market] = np.clip(scaled[:, market], -CLIP, CLIP)
+        if isinstance(raw, np.ndarray):
+            scaled = raw.astype(np.float64)
+        else:  # three times as quick as numpy's own reading of lists
+            packed = b"".join([_pack_row(*row) for row in raw])
+            scaled = np.frombuffer(bytearray(packed)).reshape(-1, N_FEATURES)
+        obs = np.zeros((len(scaled), OBS_DIM), dtype=np.float32)
+        scaled -= self.mean
+        scaled /= self.scale
+        np.maximum(scaled, -_BOUND, out=scaled)
+        np.minimum(scaled, _BOUND, out=scaled)
         bits = np.asarray(missing, dtype=np.int64)
-        gone = (bits[:, None] >> np.arange(N_FEATURES)) & 1 == 1
-        gone[:, :] &= _IS_MARKET
-        scaled[gone] = 0.0
+        if bits.any():
+            scaled[bits[:, None] & _MARKET_BITS != 0] = 0.0
         obs[:, :N_FEATURES] = scaled
         return obs
 
 
-_IS_MARKET = np.array([i in MARKET for i in range(N_FEATURES)])
+_pack_row = struct.Struct(f"{N_FEATURES}d").pack
+_BOUND = np.array([CLIP if i in MARKET else math.inf for i in range(N_FEATURES)])
+_MARKET_BITS = np.array([1 << i if i in MARKET else 0 for i in range(N_FEATURES)])
 
 
 # -- the seed's dictionary interface ---------------------------------------------------------------

@@ -84,10 +84,11 @@ def read_bars(path: str | Path, *, symbol: str | None = None, bar_stamp: str = "
     """Read bars from a CSV or Parquet file.
 
     Columns: `timestamp` (ISO 8601, UTC where no offset is given, or epoch s, ms or us) and either
-    `open, high, low, close[, volume]`, or `close[, volume]`, or `bid, ask`. From quotes the close
-    is the mid; crossed and locked quotes (bid >= ask) have an unknown spread. Without opens a bar
-    opens at the close before it. The step is the commonest distance between rows. A row that
-    repeats the one before it cell by cell is left out and counted; missing rows are gaps.
+    `open, high, low, close[, volume]`, or `close[, volume]`, or `bid, ask`, which may also stand
+    beside the others. From quotes alone the close is the mid; crossed and locked quotes (bid >=
+    ask) have an unknown spread. Without opens a bar opens at the close before it. The step is the
+    commonest distance between rows. A row that repeats the one before it cell by cell is left out
+    and counted; missing rows are gaps.
 
     Args:
         symbol: its name; by default taken from the file's name (`btc_perp_1m.csv` -> BTCPERP).
@@ -338,13 +339,15 @@ def _prices(path: Path, rows: Sequence[int], columns: Mapping[str, _Column]) -> 
         column = _required(path, columns, name)
         return _numbers(path, rows, column, "a price > 0", lambda v: v > 0.0)
 
-    if "close" not in columns and "bid" in columns:
+    spread = None
+    if "bid" in columns and ("ask" in columns or "close" not in columns):
         bid, ask = price("bid"), price("ask")
         mid = (bid + ask) / 2
         spread = np.where(ask > bid, (ask - bid) / mid, np.nan)
-        return *_without_opens(mid), spread
+        if "close" not in columns:
+            return *_without_opens(mid), spread
     if "open" not in columns:
-        return *_without_opens(price("close")), None
+        return *_without_opens(price("close")), spread
     open_, high, low, close = (price(name) for name in ("open", "high", "low", "close"))
     for name, wrong, expected in (
         ("high", high < np.maximum(open_, close), "the highest price of the row"),
@@ -353,7 +356,7 @@ def _prices(path: Path, rows: Sequence[int], columns: Mapping[str, _Column]) -> 
         if wrong.any():
             i = int(np.argmax(wrong))
             raise _bad(path, rows[i], columns[name], expected, columns[name].cells[i])
-    return open_, high, low, close, None
+    return open_, high, low, close, spread
 
 
 def _without_opens(

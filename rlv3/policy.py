@@ -145,22 +145,20 @@ class Policy:
     def _run(self, net: int, obs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return a network's outputs, computed in padded blocks."""
         n = len(obs)
-        blocks = []
-        for start in range(0, n, BLOCK):
-            block = np.zeros((BLOCK, OBS_DIM), dtype=np.float32)
-            block[: n - start] = obs[start : start + BLOCK]
-            blocks.append(self._forward(net, block))
-        return blocks[0][:n] if len(blocks) == 1 else np.concatenate(blocks)[:n]
-
-    def _forward(self, net: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        blocks = -(-n // BLOCK)
+        x = np.zeros((blocks * BLOCK, OBS_DIM), dtype=np.float32)
+        x[:n] = obs
+        if blocks > 1:  # a stack: numpy multiplies block by block, bit for bit as one alone
+            x = x.reshape(blocks, BLOCK, OBS_DIM)
+        multiply = np.dot if blocks == 1 else np.matmul
         hidden, (weight, bias) = self._nets[net]
         for inner, offset in hidden:
-            x = x.dot(inner)  # (8, 64) -> (8, 128) -> (8, 128)
+            x = multiply(x, inner)  # (8, 64) -> (8, 128) -> (8, 128)
             x += offset
             self._activate(x, out=x)
-        x = x.dot(weight)  # (8, 128) -> (8, 6 or 1)
+        x = multiply(x, weight)  # (8, 128) -> (8, 6 or 1)
         x += bias
-        return x
+        return x.reshape(blocks * BLOCK, -1)[:n]
 
     def decide(
         self, obs: NDArray[np.float32], masks: Sequence[Sequence[bool]]

@@ -221,7 +221,16 @@ class Run:
                 show(done, update, self.update(done, update))
                 self._keep()
 
-            yield on_update
+            try:
+                yield on_update
+            except KeyboardInterrupt:
+                if self._kept_at > -math.inf:
+                    self._note("interrupted", {})
+                    console.err.print(
+                        f"interrupted: rlv3 train --resume {self.folder} finishes it",
+                        soft_wrap=True,
+                    )
+                raise
 
     def _keep(self) -> None:
         """Write a checkpoint after the first update, then every few seconds."""

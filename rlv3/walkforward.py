@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rlv3.config import RLv3Config
     from rlv3.evaluation import Curve
     from rlv3.market import Bars
+    from rlv3.trainer import Update
 
 DEFAULT_FOLDS = 5
 DEFAULT_STEPS = 100_000
@@ -71,6 +72,8 @@ class WalkForward:
     """One configuration over all folds; out-of-sample figures of the mean of its seeds."""
 
     name: str
+    config: dict[str, Any]
+    """Its settings, the reward among them."""
     folds: list[FoldResult]
     net_profit: float
     hold_profit: float
@@ -125,9 +128,13 @@ def walk_forward(
     seeds: int,
     out: Path,
     say: Callable[[str], None],
+    on_update: Callable[[int, Update], None] | None = None,
 ) -> tuple[WalkForward, NDArray[Any], list[Curve], list[Curve]]:
     """Train and test one configuration in every fold.
 
+    Args:
+        say: called with a line after every policy.
+        on_update: called after every update with the steps of that policy so far.
     Returns:
         What it did, its returns per step out of sample, and the curves of seed 0 and of
         buy-and-hold, joined over the folds.
@@ -147,7 +154,7 @@ def walk_forward(
         judged = []
         for seed in range(config.seed, config.seed + seeds):
             manager = RLv3Manager(replace(config, seed=seed))
-            manager.train(steps=steps, price_data=fold.train, shares=(1.0,))
+            manager.train(steps=steps, price_data=fold.train, shares=(1.0,), on_update=on_update)
             manager.save(out / name / f"fold-{k}" / f"seed-{seed}" / "policy.safetensors")
             judged.append(evaluate_bars(manager.policy, fold.test, random_runs=1))
             say(f"{name}: fold {k} of {len(folds)}, seed {seed}: {judged[-1].net_profit:+,.2f}")
@@ -177,6 +184,7 @@ def walk_forward(
     interval, _ = ratio_intervals(returns, per_year)
     found = WalkForward(
         name=name,
+        config=asdict(config),
         folds=results,
         net_profit=sum(row.net_profit for row in results),
         hold_profit=sum(row.hold_profit for row in results),
@@ -290,7 +298,7 @@ def command(
     from rlv3.config import RLv3Config
     from rlv3.market import read_bars
     from rlv3.plots import equity
-    from rlv3.runs import file_facts, versions, write_text
+    from rlv3.runs import file_facts, progress, versions, write_text
 
     series = [read_bars(path, bar_stamp=bar_stamp) for path in data]
     configs: dict[str, RLv3Config] = {}
@@ -306,14 +314,24 @@ def command(
     results, returns, lines = [], {}, {}
     held: list[Curve] = []
 
-    def say(line: str) -> None:
-        console.err.print(line, soft_wrap=True, highlight=False)
+    finished = 0  # policies
 
-    for name, settled in configs.items():
-        found, returns[name], lines[name], held = walk_forward(
-            name, settled, folds=cuts, steps=steps, seeds=seeds, out=out, say=say
-        )
-        results.append(found)
+    with progress(len(configs) * folds * seeds * steps) as show:
+
+        def say(line: str) -> None:
+            nonlocal finished
+            finished += 1
+            console.err.print(line, soft_wrap=True, highlight=False)
+
+        def on_update(done: int, update: Update) -> None:
+            show(finished * steps + min(done, steps), update)
+
+        for name, settled in configs.items():
+            found, returns[name], lines[name], held = walk_forward(
+                name, settled, folds=cuts, steps=steps, seeds=seeds, out=out, say=say,
+                on_update=on_update,
+            )  # fmt: skip
+            results.append(found)
     luck = deflated(results, returns, tried)
     said = {
         "steps": steps,
@@ -366,6 +384,7 @@ def _table(found: WalkForward) -> Table:
         f"{found.hold_profit:+,.2f}",
     )  # fmt: skip
     table.caption = (
+        f"trained for the reward {found.config['reward']}; "
         f"out of sample, after costs: Sharpe a year {found.sharpe:+.2f}, 95 % "
         f"[{low:+.2f}, {high:+.2f}]; probability that it is above 0: "
         f"{found.probabilistic_sharpe:.3f}"

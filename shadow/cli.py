@@ -237,8 +237,8 @@ def backtest(
         )
         if not json:
             console.err.print(
-                f"{done.entries:,} entries of {done.covered_s / 86_400:.1f} days in {done.seconds:.1f} "
-                f"s, {done.speed:,.0f} times as fast as they came",
+                f"{done.entries:,} entries of {done.covered_s / 86_400:.1f} days in "
+                f"{done.seconds:.1f} s, {done.speed:,.0f} times as fast as they came",
                 highlight=False,
             )
         _deliver(read_report(done.store), out, json)

@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from reprlib import repr as short
 
 import msgpack
@@ -132,7 +133,7 @@ def _number(value: object) -> float | None:
 
 def _time_us(value: object) -> int | None:
     """Return epoch microseconds of a number in s, ms or µs, or of ISO text (naive is UTC)."""
-    number = _number(value)
+    number = value if type(value) is float else _number(value)
     if number is not None:
         if not 0.0 < number < math.inf:
             return None
@@ -700,55 +701,45 @@ class _PlainTick(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     correlation_id: str | None = None
 
 
-_decode_plain_tick = msgspec.json.Decoder(_PlainTick).decode
+_decode_json_tick = msgspec.json.Decoder(_PlainTick).decode
+_decode_msgpack_tick = msgspec.msgpack.Decoder(_PlainTick).decode
+_symbol_is_plain = lru_cache(maxsize=4096)(_is_symbol)
 
 
 def _plain_tick(entry: Entry) -> Tick | None:
-    """Decode a well-formed JSON tick at once; None leaves the entry to the general reader.
+    """Decode a well-formed tick at once; None leaves the entry to the general reader.
 
     It may only accept what the general reader accepts, with the same result.
     """
-    fields = entry.fields
+    stream, event_type, entry_id, fields = entry
     payload = fields.get(b"payload")
-    if payload is None or len(payload) > MAX_BODY_BYTES:
+    if not payload or len(payload) > MAX_BODY_BYTES:
         return None
+    decode = _decode_msgpack_tick if payload[0] >= 0x80 else _decode_json_tick
     try:
-        tick = _decode_plain_tick(payload)
+        tick = decode(payload)
     except (ValueError, RecursionError):
         return None
     symbol = tick.symbol
     price = tick.price
     time_us = _time_us(tick.timestamp)
-    trace_id = tick.trace_id or fields.get(b"trace_id", b"").decode("utf-8", "replace")
-    correlation_id = tick.correlation_id or fields.get(b"correlation_id", b"").decode(
-        "utf-8", "replace"
-    )
-    source = tick.source or fields.get(b"source", b"").decode("utf-8", "replace")
+    trace_id = tick.trace_id or _text(fields.get(b"trace_id") or b"")
+    correlation_id = tick.correlation_id or _text(fields.get(b"correlation_id") or b"")
+    source = tick.source or _text(fields.get(b"source") or b"")
     if (
         time_us is None
         or not MIN_PRICE <= price <= MAX_PRICE
-        or _is_symbol(symbol) is None
+        or _symbol_is_plain(symbol) is None
         or len(trace_id) > MAX_ID_CHARS
         or len(correlation_id) > MAX_ID_CHARS
         or len(source) > MAX_ID_CHARS
     ):
         return None
-    entry_id = entry.entry_id
     id_ms = int(entry_id.partition("-")[0])
     ts_us, future = _event_time(time_us, id_ms)
-    ref = EntryRef(
-        entry.stream, entry.event_type, entry_id, id_ms, trace_id, correlation_id, source, future
-    )
-    return _make_tick(
-        ref,
-        symbol,
-        ts_us,
-        price,
-        _volume(tick.volume, tick.qty),
-        tick.bid,
-        tick.ask,
-        tick.is_buyer_maker,
-    )
+    ref = EntryRef(stream, event_type, entry_id, id_ms, trace_id, correlation_id, source, future)
+    volume = _volume(tick.volume, tick.qty)
+    return _make_tick(ref, symbol, ts_us, price, volume, tick.bid, tick.ask, tick.is_buyer_maker)
 
 
 # -- the public functions --------------------------------------------------------------------------
@@ -785,7 +776,7 @@ def join_id(raw: str | None) -> str | None:
 
     Empty ids, and the `market-tick-<second>` ids that all symbols of a second share, join nothing.
     """
-    if raw is None or not raw.strip() or raw.startswith("market-tick-"):
+    if not raw or not raw.strip() or raw.startswith("market-tick-"):
         return None
     return raw
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 RING = 64
+_MAIN_CELLS = tuple(f"m{slot}" for slot in range(RING))
+_ADVISORY_CELLS = tuple(f"a{slot}" for slot in range(RING))
 REFERENCE, BUS = 1, 2
 """Bits of `Candidate.taken`: one to one holds per opponent."""
 
@@ -136,14 +138,14 @@ class Pairing:
             if old is not None and old.signal and not old.taken:
                 gone.append(Unmatched("v3", old.decision_id, old.ts_us, "evicted", None))
             self.main[slot] = candidate
-            self.dirty.add(f"m{slot}")
+            self.dirty.add(_MAIN_CELLS[slot])
             self.n_main += 1
             if candidate.signal and not candidate.taken:
                 self.deadline = min(self.deadline, candidate.ts_us + signal_window_us)
         else:
             slot = self.n_advisory % RING
             self.advisory[slot] = candidate
-            self.dirty.add(f"a{slot}")
+            self.dirty.add(_ADVISORY_CELLS[slot])
             self.n_advisory += 1
         return matches, gone
 

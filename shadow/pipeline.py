@@ -34,7 +34,7 @@ from rlv3.events import (
     V2Decision,
 )
 from rlv3.features import FEATURE_SET, N_FEATURES, feature_digest, regime_of
-from rlv3.policy import Policy
+from rlv3.policy import TP_PCT, Policy
 from rlv3.portfolio import DEFAULT_COSTS, Costs
 from shadow import codec
 from shadow.arms import Arm, Order
@@ -42,6 +42,7 @@ from shadow.mapping import v2_target, v3_direction, v3_target
 from shadow.pairing import BUS, REFERENCE, Candidate, Match, OpenV2, Unmatched
 from shadow.records import (
     ARMS,
+    SCHEMA_VERSION,
     BarRow,
     Commit,
     Comparison,
@@ -117,7 +118,7 @@ class Settings:
         )
 
 
-class _Job(NamedTuple):
+class _Job(msgspec.Struct, gc=False):
     """A decision whose inputs are fixed; only the network's answer is missing."""
 
     slot: int
@@ -149,7 +150,7 @@ class Pipeline:
     def __init__(
         self, policy: Policy, tables: QTables | None, settings: Settings, inputs: Sequence[str]
     ) -> None:
-        self.policy = policy
+        self._serve(policy)
         self.tables = tables if settings.rl_v2 == "reference" else None
         self.settings = settings
         self.inputs = tuple(inputs)
@@ -184,9 +185,9 @@ class Pipeline:
         self._now_ms = 0.0
         self._conflating = False
 
-    @property
-    def _use_masks(self) -> bool:
-        return bool(self.policy.metadata["mask_rule"] != "none")
+    def _serve(self, policy: Policy) -> None:
+        self.policy = policy
+        self._use_masks = policy.metadata["mask_rule"] != "none"
 
     # -- a run's life ----------------------------------------------------------------------------
 
@@ -200,7 +201,7 @@ class Pipeline:
             policy: who decides from here on, with steps as long as before; None for the same.
         """
         swapped = bool(self.run_id)
-        self.policy = policy or self.policy
+        self._serve(policy or self.policy)
         rules = {k: v for k, v in self.settings.dump().items() if k not in _BATCH_LIMITS}
         self.run_id = record_id(
             "run",
@@ -383,14 +384,14 @@ class Pipeline:
     # -- one entry -------------------------------------------------------------------------------
 
     def _fold(self, entry: Entry, conflate: bool) -> None:
-        minute = entry.id_ms // 60_000
+        event = codec.decode(entry)
+        minute = event.ref.id_ms // 60_000
         if minute > self._ledger_minute:
             if self._ledger_minute >= 0:
                 self._flush(conflate)
                 self._ledger("minute", minute, ())
             self._ledger_minute = minute
             self._own_dirty = True
-        event = codec.decode(entry)
         match event:
             case Tick():
                 outcome = self._on_tick(event, conflate)
@@ -699,14 +700,15 @@ class Pipeline:
             raw, missing = market.open_features(ts_us)
         account = arm.account
         raw[6:10] = account.features()
+        warm = market.warm
         mask = account.valid_actions(
-            cold=not market.warm, pending=arm.order is not None, use_masks=self._use_masks
+            cold=not warm, pending=arm.order is not None, use_masks=self._use_masks
         )
         slot = len(self._outputs)
         self._outputs.append(None)
         return _Job(
             slot, ref, state, ts_us, kind, signal, raw, missing, mask, state.standing_id,
-            arm.target, account.exposure, market.close, state.last_direction or 0, market.warm,
+            arm.target, account.exposure, market.close, state.last_direction or 0, warm,
         )  # fmt: skip
 
     def _step(
@@ -785,62 +787,36 @@ class Pipeline:
         state, ref = job.state, job.ref
         digest = self.policy.digest
         chosen = decision_id(ref.stream, ref.entry_id, digest)
+        trace_id = ref.trace_id or chosen
         target = job.target
         if job.kind == "step":
             target = state.v3.target = v3_target(action, job.target, self.settings.costs)
         stamp = iso(job.ts_us)
         missing = job.missing
         zone = min(max(1.0 + value / 20.0, 0.5), 1.5)
-        decision = Decision(
-            symbol=state.symbol,
-            timestamp=stamp,
-            action=action,
-            confidence=probs[action],
-            value=value,
-            source="RL_V3_PPO",
-            shadow_mode=True,
-            trace_id=ref.trace_id or chosen,
-            raw_obs={
-                "price": job.price,
-                "volatility": job.raw[3],
-                "prediction": job.prediction,
-                "position_size": job.exposure,
-            },
-            schema_version=1,
-            decision_id=chosen,
-            kind=job.kind,
-            action_name=ACTION_TABLE[action],
-            action_probs=tuple(probs),
-            entropy=sum(-p * math.log(p) for p in probs if p > 0.0),
-            direction=v3_direction(action),
-            target_position=target,
-            standing_decision_id=job.standing_id,
-            warm=job.warm,
-            feature_quality={
-                "missing_mask": missing,
-                "present": N_FEATURES - missing.bit_count(),
-                "of": N_FEATURES,
-            },
-            value_confidence=min(1.0, abs(value) / 10.0),
-            tp_zone_multiplier=zone,
-            suggested_tp_pct=0.06 * zone,
-            model_id=digest[:12],
-            model_sha256=digest,
-            feature_version=self._feature_version,
-            event_ts=stamp,
-            source_event_type=ref.event_type,
-            source_stream=ref.stream,
-            source_entry_id=ref.entry_id,
-            source_trace_id=ref.trace_id,
-            source_correlation_id=ref.correlation_id,
-            run_id=self.run_id,
-            latency_ms=self._now_ms - ref.id_ms,
-        )
-        payload = encode(decision)
+        payload = encode(
+            Decision(  # by position: 37 names would take longer than to encode them
+                state.symbol, stamp, action, probs[action], value, "RL_V3_PPO", True, trace_id,
+                {
+                    "price": job.price,
+                    "volatility": job.raw[3],
+                    "prediction": job.prediction,
+                    "position_size": job.exposure,
+                },
+                SCHEMA_VERSION, chosen, job.kind, ACTION_TABLE[action], tuple(probs),
+                _entropy(probs), v3_direction(action), target, job.standing_id, job.warm,
+                {
+                    "missing_mask": missing,
+                    "present": N_FEATURES - missing.bit_count(),
+                    "of": N_FEATURES,
+                },
+                min(1.0, abs(value) / 10.0), zone, TP_PCT * zone, digest[:12], digest,
+                self._feature_version, stamp, ref.event_type, ref.stream, ref.entry_id,
+                ref.trace_id, ref.correlation_id, self.run_id, self._now_ms - ref.id_ms,
+            )
+        )  # fmt: skip
         self._bytes += len(payload) + 250
-        self._outputs[job.slot] = Output(
-            "rl_v3.decision", payload, ref.trace_id or chosen, ref.correlation_id
-        )
+        self._outputs[job.slot] = Output("rl_v3.decision", payload, trace_id, ref.correlation_id)
         self.decisions += 1
         matches, gone = state.pairing.add(
             Candidate(
@@ -1085,6 +1061,14 @@ class Pipeline:
 def _candle_tick(kline: Kline, ts_us: int, price: float, volume: float | None = None) -> Tick:
     """Return one of the ticks that a candle stands for."""
     return Tick(kline.ref, kline.symbol, ts_us, price, volume)
+
+
+def _entropy(probs: Sequence[float]) -> float:
+    total = 0.0
+    for p in probs:
+        if p > 0.0:
+            total -= p * math.log(p)
+    return total
 
 
 def _sign(value: float) -> int:

@@ -290,6 +290,7 @@ Comparison = V2Row | PairRow | UnpairedRow | BarRow | OutcomeRow | LedgerRow | R
 decode_decision = msgspec.json.Decoder(Decision).decode
 decode_comparison = msgspec.json.Decoder(Comparison).decode
 encode = msgspec.json.Encoder().encode
+_sha256 = hashlib.sha256
 
 
 class Output(NamedTuple):
@@ -319,13 +320,13 @@ class Commit(NamedTuple):
 def decision_id(stream: str, entry_id: str, policy_digest: str) -> str:
     """Return the id of the decision on an entry: the same input gives the same id for ever."""
     text = f"{stream}\x00{entry_id}\x00{policy_digest}\x00{SCHEMA_VERSION}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return _sha256(text.encode(), usedforsecurity=False).hexdigest()[:32]
 
 
 def record_id(kind: str, *parts: object) -> str:
     """Return the id of a comparison record from what makes it unique."""
     text = "\x00".join([kind, *map(str, parts)])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return _sha256(text.encode(), usedforsecurity=False).hexdigest()[:32]
 
 
 @lru_cache(maxsize=4096)

@@ -11,11 +11,13 @@ Each cell is one version byte, a CRC-32 and msgpack.
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgpack
+import msgspec
 
 from rlv3.features import MarketState
 from rlv3.portfolio import Costs
@@ -25,6 +27,9 @@ from shadow.records import ArmBar
 from shadow.rl_v2 import V2Reference
 
 CELL_VERSION = 1
+_pack = msgspec.msgpack.Encoder().encode  # the same bytes in half the time
+_head = struct.Struct(">BI").pack
+_TICK_CELLS = tuple(f"d{slot}" for slot in range(RING))
 
 
 class StateError(ValueError):
@@ -33,8 +38,8 @@ class StateError(ValueError):
 
 def pack(values: Any) -> bytes:
     """Encode plain values as a cell."""
-    body: bytes = msgpack.packb(values, use_single_float=False)
-    return bytes((CELL_VERSION,)) + zlib.crc32(body).to_bytes(4, "big") + body
+    body = _pack(values)
+    return _head(CELL_VERSION, zlib.crc32(body)) + body
 
 
 def unpack(cell: bytes) -> Any:
@@ -170,7 +175,7 @@ class SymbolState:
             memory = None if self.reference is None else self.reference.dump()
             cells["closed"] = pack((self.market.dump_closed(), self.regime, memory))
         for slot in self.dirty_slots:
-            cells[f"d{slot}"] = pack(self._recent[slot])
+            cells[_TICK_CELLS[slot]] = pack(self._recent[slot])
         for name in self.pairing.dirty:
             ring = self.pairing.main if name[0] == "m" else self.pairing.advisory
             cells[name] = pack(ring[int(name[1:])])

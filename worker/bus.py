@@ -20,9 +20,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
+from itertools import chain
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import msgpack
 import msgspec
 from hiredis import pack_command
 from redis.asyncio import ConnectionPool
@@ -251,7 +253,7 @@ class Bus:
         self._one_server = source_url == sink_url
         self._source = _Link(source_url)
         self._sink = _Link(sink_url)
-        self._encode = _to_msgpack if codec == "msgpack" else bytes
+        self._as_msgpack = codec == "msgpack"
         self._caps = {
             "rl_v3.decision": (keys.decisions, KEPT, decisions_cap),
             "rl_v3.comparison": (keys.comparisons, KEPT, comparisons_cap),
@@ -510,10 +512,10 @@ class Bus:
         stored = _dump_cursors(cursors, self.seq + 1)
         fields = {**(meta or {}), **self._losses.fields()}
         fresh = {name: value for name, value in fields.items() if self._written.get(name) != value}
-        keys, args = self._script_arguments(commit, fresh, forget)
+        keys, body = self._script_arguments(commit, fresh, forget)
         now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
         status, *details = await self._sink.script(
-            _COMMIT, keys, (self.epoch, self._stored, stored, now, SOURCE, *args)
+            _COMMIT, keys, (self.epoch, self._stored, stored, now, SOURCE, body)
         )
         self._check_owner(status, details)
         if status == b"CONFLICT":
@@ -533,43 +535,38 @@ class Bus:
 
     def _script_arguments(
         self, commit: Commit, meta: Mapping[str, str], forget: Sequence[str]
-    ) -> tuple[list[str], list[Any]]:
-        """Lay out keys and arguments after the fifth, as `commit.lua` takes them."""
+    ) -> tuple[list[str], bytes]:
+        """Lay out keys and body as `commit.lua` takes them."""
         keys = [self.keys.meta, self.keys.symbols]
-        places: dict[str, int] = {}
 
         def place(key: str) -> int:
-            if key not in places:
-                keys.append(key)
-                places[key] = len(keys)
-            return places[key]
+            keys.append(key)
+            return len(keys)
 
-        args: list[Any] = [len(commit.outputs)]
-        for output in commit.outputs:
-            # a name that is not ours has no key: nothing else can ever be written to
-            args += (
-                place(self._outputs[output.event_type]), output.event_type, self._payload(output),
-                output.trace_id, output.correlation_id,
-            )  # fmt: skip
-        args.append(len(forget))
-        args += (place(self.keys.state(symbol)) for symbol in forget)
-        args.append(sum(1 for cells in commit.cells.values() if cells))
-        for symbol, cells in commit.cells.items():
-            if cells:
-                args += (place(self.keys.state(symbol)), symbol, len(cells))
-                for cell in cells.items():
-                    args += cell
-        args.append(len(commit.counts) + len(meta))
+        # a name that is not ours has no key: nothing else can ever be written to
+        types = dict.fromkeys([output.event_type for output in commit.outputs])
+        places = {event_type: place(self._outputs[event_type]) for event_type in types}
+        states = [
+            (place(self.keys.state(symbol)), symbol, list(chain.from_iterable(cells.items())))
+            for symbol, cells in commit.cells.items()
+            if cells
+        ]
+        fields = list(chain.from_iterable(meta.items()))
         for (event_type, outcome), count in commit.counts.items():
-            args += (f"n:{event_type}:{outcome}", count)
-        for field in meta.items():
-            args += field
-        return keys, args
+            fields += (f"n:{event_type}:{outcome}", str(count))
+        forgotten = [place(self.keys.state(symbol)) for symbol in forget]
+        return keys, _pack((places, self._coded(commit.outputs), forgotten, states, fields))
 
-    def _payload(self, output: Output) -> bytes:
-        if output.event_type.startswith("dlq:"):
-            return output.payload  # operators read dead letters with redis-cli
-        return self._encode(output.payload)
+    def _coded(self, outputs: list[Output]) -> list[Output]:
+        """Return the outputs with their payloads in our codec."""
+        if not self._as_msgpack:
+            return outputs
+        return [
+            output  # operators read dead letters with redis-cli
+            if output.event_type.startswith("dlq:")
+            else output._replace(payload=_to_msgpack(output.payload))
+            for output in outputs
+        ]
 
     async def beat(self) -> None:
         """Renew the liveness key of production's convention."""
@@ -625,8 +622,12 @@ def release(
         released entries in (id, rank) order; the oldest held id in ms, or None; how many of the
         released ones are more than 1 s ahead of TIME (released as read: they would stall the rest).
     """
-    limits = [entry_key(rows[-1][0].decode()) for _, _, _, rows in found if len(rows) >= count]
-    limit = min(limits, default=None)
+    lasts = [entry_key(rows[-1][0].decode()) for _, _, _, rows in found]
+    if len(found) == 1 and lasts[0][0] < time_ms:  # one stream is in order already
+        _, key, event_type, rows = found[0]
+        return [_entry(key, event_type, row) for row in rows], None, 0
+    cut = [last for last, (_, _, _, rows) in zip(lasts, found, strict=True) if len(rows) >= count]
+    limit = min(cut, default=None)
     due: list[tuple[int, int, int, Entry]] = []
     held: int | None = None
     ahead = 0
@@ -668,6 +669,10 @@ def _counts(meta: Mapping[bytes, bytes]) -> dict[tuple[str, str], int]:
 def _dump_cursors(cursors: Mapping[str, str], seq: int) -> str:
     """Return the cursors field: one canonical text, compared as such by the script."""
     return json.dumps({**cursors, "seq": seq}, sort_keys=True, separators=(",", ":"))
+
+
+# text and bytes alike as raw strings, which is what the server's Lua reads
+_pack = msgpack.Packer(use_bin_type=False).pack
 
 
 def _to_msgpack(payload: bytes) -> bytes:

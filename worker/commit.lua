@@ -3,12 +3,13 @@
 -- Checks come first. Then XADD, HSET or SADD, which Redis refuses when it is out of memory: when the
 -- first write is refused nothing is applied, and after it nothing is refused any more.
 --
--- KEYS  meta, symbols, then output streams and state hashes, which ARGV names by their position
--- ARGV  epoch, expected cursors, new cursors, timestamp, source,
---       n outputs, n times (key, event type, payload, trace id, correlation id),
---       n states to forget, n times (key),
---       n symbols, n times (key, symbol, m cells, m times (cell, bytes)),
---       n fields of meta, n times (field, value)
+-- KEYS  meta, symbols, then output streams and state hashes, which the body names by their position
+-- ARGV  epoch, expected cursors, new cursors, timestamp, source, body in msgpack:
+--       {positions of output streams by event type,
+--        {{event type, payload, trace id, correlation id} ...},
+--        {positions of states to forget},
+--        {{position of a state, symbol, {cell, bytes, cell, bytes ...}} ...},
+--        {field of meta, value, field, value ...}}
 -- Reply {'OK'}, {'DUP'} this very commit was applied before, {'FENCED', owner, epoch},
 --       {'LOST'} meta is gone, {'BACK', epoch} meta is of an earlier owner, {'CONFLICT', cursors found}
 
@@ -29,35 +30,28 @@ if held[2] ~= ARGV[2] then
   return {'CONFLICT', held[2]}
 end
 
-local at = 6
-local function take()
-  at = at + 1
-  return ARGV[at - 1]
+local places, outputs, forgotten, states, fields = unpack(cmsgpack.unpack(ARGV[6]))
+
+for _, output in ipairs(outputs) do
+  redis.call('XADD', KEYS[places[output[1]]], '*', 'event_type', output[1], 'payload', output[2],
+    'trace_id', output[3], 'correlation_id', output[4], 'timestamp', ARGV[4], 'source', ARGV[5])
 end
 
-for _ = 1, tonumber(take()) do
-  local key, event_type, payload, trace, correlation = take(), take(), take(), take(), take()
-  redis.call('XADD', KEYS[tonumber(key)], '*', 'event_type', event_type, 'payload', payload,
-    'trace_id', trace, 'correlation_id', correlation, 'timestamp', ARGV[4], 'source', ARGV[5])
+for _, place in ipairs(forgotten) do
+  redis.call('DEL', KEYS[place])
 end
 
-for _ = 1, tonumber(take()) do
-  redis.call('DEL', KEYS[tonumber(take())])
-end
-
-for _ = 1, tonumber(take()) do
-  local key, symbol, n = KEYS[tonumber(take())], take(), 2 * tonumber(take())
-  if redis.call('SADD', KEYS[2], symbol) == 1 then
+for _, state in ipairs(states) do
+  local key = KEYS[state[1]]
+  if redis.call('SADD', KEYS[2], state[2]) == 1 then
     redis.call('HSET', KEYS[1], 'symbols', redis.call('SCARD', KEYS[2]))
     redis.call('DEL', key) -- cells left by a state that was lost do not belong to this one
   end
-  redis.call('HSET', key, unpack(ARGV, at, at + n - 1))
-  at = at + n
+  redis.call('HSET', key, unpack(state[3]))
 end
 
-local n = 2 * tonumber(take())
-if n > 0 then
-  redis.call('HSET', KEYS[1], unpack(ARGV, at, at + n - 1))
+if #fields > 0 then
+  redis.call('HSET', KEYS[1], unpack(fields))
 end
 redis.call('HSET', KEYS[1], 'cursors', ARGV[3])
 return {'OK'}

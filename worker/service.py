@@ -6,8 +6,10 @@ One loop, no queues between its steps:
     tend                                  (heartbeat, trimming: every few seconds)
     wait                                  (only when there was nothing to read)
 
-The pipeline's memory is ahead of Redis by at most the commit in hand. When Redis goes away that
-very commit is repeated until it is applied, so memory and Redis never disagree.
+While Redis applies a commit, the next one is folded; it is sent when the one before it is applied,
+and nothing is read until all are. So the pipeline's memory is ahead of Redis by at most the commit
+on its way and the one in hand. When Redis goes away that very commit is repeated until it is
+applied, so memory and Redis never disagree.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ BACKOFF_S = (0.05, 2.0)
 """First and longest pause while Redis is away."""
 AWAY_LINE_S = 60.0
 LATENCY_SAMPLES = 4_096
+LATENCY_EVERY = 8
+"""One in so many entries of a commit is a sample, its first always."""
 _LOGGED_KINDS = (b'{"kind":"pair"', b'{"kind":"unpaired"', b'{"kind":"outcome"', b'{"kind":"bar"')
 
 T = TypeVar("T")
@@ -312,19 +316,31 @@ class Worker:
                 entries=batch.ahead,
             )
         entries, due = batch.entries, len(batch.entries) - batch.ahead
-        while entries and not self._stopping.is_set():
-            lag_ms = self.progress.lag_ms = max(0.0, self.bus.server_ms() - entries[0].id_ms)
-            after = self.config.conflate_after
-            commit = self.pipeline.run(
-                entries,
-                now_ms=time.time() * 1000,
-                conflate=after is not None and lag_ms > after,
-                ahead=len(entries) - max(due, 0),
-            )
-            await self._persist(self._committing(commit))
-            self._note(commit, entries[: commit.taken])
-            entries = entries[commit.taken :]
-            due -= commit.taken
+        under_way: asyncio.Task[None] | None = None
+        try:
+            while entries and not self._stopping.is_set():
+                lag_ms = self.progress.lag_ms = max(0.0, self.bus.server_ms() - entries[0].id_ms)
+                after = self.config.conflate_after
+                commit = self.pipeline.run(
+                    entries,
+                    now_ms=time.time() * 1000,
+                    conflate=after is not None and lag_ms > after,
+                    ahead=len(entries) - max(due, 0),
+                )
+                if under_way is not None:
+                    await under_way
+                under_way = asyncio.create_task(self._apply(commit, entries[: commit.taken]))
+                for _ in range(2):  # one round of the loop to write it, one to send it
+                    await asyncio.sleep(0)
+                entries = entries[commit.taken :]
+                due -= commit.taken
+        finally:
+            if under_way is not None:
+                await under_way
+
+    async def _apply(self, commit: Commit, taken: list[Entry]) -> None:
+        await self._persist(self._committing(commit))
+        self._note(commit, taken)
 
     def _committing(
         self, commit: Commit, forget: list[str] | None = None
@@ -335,7 +351,7 @@ class Worker:
     def _note(self, commit: Commit, taken: list[Entry]) -> None:
         """Keep the figures of an applied commit, and log what it compared."""
         now_ms = self.bus.server_ms()
-        self._latencies.extend(now_ms - entry.id_ms for entry in taken)
+        self._latencies.extend(now_ms - entry.id_ms for entry in taken[::LATENCY_EVERY])
         self._outputs_since_trim += len(commit.outputs)
         for output in commit.outputs:
             if output.payload.startswith(_LOGGED_KINDS):

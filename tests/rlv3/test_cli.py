@@ -109,6 +109,9 @@ def test_resume_continues_in_place(tmp_path: Path, config: Path) -> None:
     call("train", "--steps", 256, "--config", config, "--market", "momentum", "--out", first)
     call("train", "--steps", 256, "--config", config, "--market", "momentum", "--resume", first)
     assert Policy.load(first / "policy.safetensors").trained_steps == 512
+    (first / "policy.safetensors").unlink()  # as if it had been interrupted
+    sentence = refused("train", "--steps", 256, "--market", "momentum", "--resume", first)
+    assert "expected a finished run to begin from, found an interrupted one" in sentence
 
 
 def test_evaluate_prints_json() -> None:
@@ -131,6 +134,13 @@ def test_train_and_evaluate_in_a_gymnasium_environment(tmp_path: Path, config: P
     )  # fmt: skip
     assert len(found["returns"]) == 2
     assert found["mean_return"] >= 8.0
+    here = call("evaluate", "--policy", tmp_path, "--episodes", 2, "--json")  # where it was trained
+    assert json.loads(here.stdout)["returns"] == found["returns"]
+    artifact = tmp_path / "policy.safetensors"
+    message = f"{artifact}: expected --env CartPole-v1, where it was trained, found "
+    assert refused("evaluate", "--policy", artifact, "--market", "momentum") == message + "prices"
+    both = refused("evaluate", "--policy", shipped_policy(), "--policy", artifact)
+    assert both == message + "policies of CartPole-v1, rlv3/Trading-v3"
 
 
 def test_predict_from_file_and_stdin(tmp_path: Path) -> None:
@@ -180,6 +190,8 @@ def test_import_checkpoint(tmp_path: Path) -> None:
         (("train", "--steps", 1, "--market", "mars"), "market must be one of"),
         (("train", "--steps", 1, "--data", "none.csv"), "none.csv cannot be read"),
         (("train", "--steps", 1, "--env", "Pendulum-v1"), "expected at most 6 discrete actions"),
+        (("train", "--steps", 1, "--env", "NoSuch-v0"), "environment NoSuch-v0 cannot be made: "),
+        (("train", "--steps", 1, "--env", "no_such:Foo-v0"), "Foo-v0 cannot be made: No module"),
         (("train", "--steps", 1, "--config", "none.toml"), "none.toml cannot be read"),
         (("train", "--steps", 1, "--resume", "nowhere"), "nowhere/policy.safetensors cannot be"),
         (("evaluate", "--policy", "none.safetensors"), "none.safetensors cannot be read"),
@@ -231,6 +243,22 @@ def test_program_exits_with_two_and_no_traceback() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: policy file none cannot be read")
     assert "Traceback" not in done.stderr
+
+
+def test_a_missing_extra_is_named_with_its_brackets(tmp_path: Path) -> None:
+    program = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'matplotlib' else find(name, *rest)\n"
+        "from rlv3.cli import main; main()\n"
+    )
+    plot = ("evaluate", "--market", "momentum", "--plot", str(tmp_path / "e.png"))
+    done = subprocess.run(
+        [sys.executable, "-c", program, *plot], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: expected matplotlib to be installed, found none: pip install 'rlv3-shadow[train]'\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,20 @@ def test_quotes_become_mids_and_crossed_ones_have_no_spread(tmp_path: Path) -> N
     assert np.array_equal(bars.spread, [0.02, np.nan, np.nan], equal_nan=True)
 
 
+def test_quotes_beside_closes_give_the_spread(tmp_path: Path) -> None:
+    text = "timestamp,close,bid,ask\n1704067260,100.5,99,101\n1704067320,90,89,88\n"
+    bars = read_bars(write(tmp_path, text))
+    assert bars.close.tolist() == [100.5, 90.0]
+    assert bars.spread is not None
+    assert np.array_equal(bars.spread, [0.02, np.nan], equal_nan=True)
+    lines = (HEADER + ROWS).splitlines()
+    text = "\n".join([lines[0] + ",bid,ask", *(line + ",99,101" for line in lines[1:])])
+    bars = read_bars(write(tmp_path, text + "\n"))
+    assert bars.spread is not None
+    assert (bars.spread == 0.02).all()
+    assert read_bars(write(tmp_path, text.replace(",ask", ",asked") + "\n")).spread is None
+
+
 def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
     path = write(tmp_path, HEADER + ROWS)
     target = tmp_path / "abc_usd_1m.parquet"

@@ -20,6 +20,7 @@ from rlv3.manager import RLv3Manager
 from rlv3.market import read_bars
 from rlv3.policy import Policy
 from rlv3.runs import COLUMNS, Run, config_toml, progress, read_metrics
+from rlv3.snapshot import read_checkpoint
 from rlv3.splits import split_by_time
 from rlv3.trainer import Update
 from tests.rlv3.test_cli import call, refused, write_bars
@@ -100,6 +101,31 @@ def test_the_best_policy_is_the_newest_of_the_best(tmp_path: Path, monkeypatch: 
     assert Policy.load(tmp_path / "best.safetensors").trained_steps == 768
     assert run.best is not None
     assert run.best["steps"] == 768
+
+
+def test_a_run_that_is_interrupted_says_how_to_finish_it(tmp_path: Path, capsys: Any) -> None:
+    manager = RLv3Manager(FAST)
+    run = Run(tmp_path, manager, total=768, every=0, inputs={}, env_id="CartPole-v1")
+
+    def train(after: int) -> None:
+        with run.recorded() as on_update:
+
+            def stop(done: int, update: Update) -> None:
+                if done > after:
+                    raise KeyboardInterrupt
+                on_update(done, update)
+
+            manager.train(steps=768, env_id="CartPole-v1", on_update=stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(after=0)  # before anything was kept
+    assert "interrupted" not in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        train(after=256)
+    said = capsys.readouterr().err
+    assert f"interrupted: rlv3 train --resume {tmp_path} finishes it" in said
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
+    assert read_checkpoint(tmp_path / "checkpoint.safetensors").state["steps"] == 256
 
 
 def test_metrics_are_read_up_to_a_step_and_checked(tmp_path: Path) -> None:

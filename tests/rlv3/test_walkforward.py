@@ -73,7 +73,7 @@ def test_the_best_of_several_is_deflated() -> None:
     returns = {name: rng.normal(mean, 0.01, 500) for name, mean in (("a", 0.0), ("b", 0.001))}
 
     def result(name: str, ratio: float) -> WalkForward:
-        return WalkForward(name, [], 0.0, 0.0, ratio, (0.0, 0.0), ratio, 0.5)
+        return WalkForward(name, {}, [], 0.0, 0.0, ratio, (0.0, 0.0), ratio, 0.5)
 
     found = deflated([result("a", 0.01), result("b", 0.09)], returns, 5)
     # the variance of 0.01 and 0.09 with ddof 1: 2 * 0.04^2
@@ -98,9 +98,13 @@ def test_walkforward_from_the_command_line(tmp_path: Path) -> None:
     )  # fmt: skip
     result = call(*options, "--out", tmp_path / "w")
     assert "fold 2" in result.stdout
+    assert "fast: fold 2 of 2, seed 1: " in result.stderr
+    assert "training 2,048 of 2,048 steps" in result.stderr  # 2 configurations, folds and seeds
     assert "best of 2 configurations tried" in result.stdout
+    assert result.stdout.count("trained for the reward net_return") == 2
     found = json.loads((tmp_path / "w" / "walkforward.json").read_text())
     assert [one["name"] for one in found["configurations"]] == ["slow", "fast"]
+    assert [one["config"]["learning_rate"] for one in found["configurations"]] == [1e-4, 1e-2]
     first, second = found["configurations"][0]["folds"]
     assert first["train_to"] < first["test_from"] < first["test_to"] < second["test_from"]
     assert 0.0 <= found["deflated_sharpe"] <= 1.0
