@@ -206,11 +206,7 @@ class Traded(NamedTuple):
     @classmethod
     def load(cls, db: duckdb.DuckDBPyConnection, bars: Bars, arm: str) -> Traded:
         """Read one arm's columns, in the order of `bars`."""
-        columns = ", ".join(f"{arm}_{item} AS {item}" for item in _ARM_COLUMNS)
-        data = db.execute(f"SELECT {columns} FROM report_bars").fetchnumpy()
-        value = {
-            name: np.asarray(data.pop(name), np.float64)[bars.arrived] for name in _ARM_COLUMNS
-        }
+        value = _columns_of(db, bars, arm)
         side = np.sign(value["exposure"]).astype(np.int64)
         return cls(
             side=side,
@@ -235,6 +231,15 @@ class Traded(NamedTuple):
     def net(self) -> Floats:
         """Profit after fees and slippage."""
         return self.paid.net
+
+
+def _columns_of(db: duckdb.DuckDBPyConnection, bars: Bars, arm: str) -> dict[str, Floats]:
+    if arm == "flat":  # it holds its capital and does nothing, by definition
+        nothing = dict.fromkeys(_ARM_COLUMNS, np.zeros(len(bars.ts_us)))
+        return nothing | {"equity": bars.capital}
+    columns = ", ".join(f"{arm}_{item} AS {item}" for item in _ARM_COLUMNS)
+    data = db.execute(f"SELECT {columns} FROM report_bars").fetchnumpy()
+    return {name: np.asarray(data.pop(name), np.float64)[bars.arrived] for name in _ARM_COLUMNS}
 
 
 def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[tuple[str, ...], str]:
