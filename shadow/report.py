@@ -658,7 +658,7 @@ def _eta(effect: Effect) -> str:
 
 def _slippage_bps(v2: Traded) -> float:
     traded = float(v2.paid.turnover.sum())
-    return 1e4 * float(v2.slippage.sum()) / traded if traded else 0.0
+    return 1e4 * v2.slippage / traded if traded else 0.0
 
 
 # -- the parts of a report -------------------------------------------------------------------------
@@ -781,9 +781,9 @@ def _arm(bars: Bars, name: str, traded: Traded, batches: Batches) -> Arm:
         name=name,
         net_per_day=one_look(values * batches.bps_per_day, ALPHA),
         net=net,
-        gross=float(traded.gross.sum()),
-        fees=float(traded.fee.sum()),
-        slippage=float(traded.slippage.sum()),
+        gross=traded.gross,
+        fees=traded.fee,
+        slippage=traded.slippage,
         turnover=float(traded.paid.turnover.sum()),
         max_drawdown=float(drawdown(equity(bars, traded.net)).max()),
         entries=int(traded.entered.sum()),
