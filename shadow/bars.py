@@ -192,9 +192,10 @@ class Traded(NamedTuple):
     side: Ints
     """-1 short, 0 flat, 1 long, at the close."""
     entered: NDArray[np.bool_]
-    gross: Floats
-    fee: Floats
-    slippage: Floats
+    gross: float
+    """Over all bars, as are `fee` and `slippage`."""
+    fee: float
+    slippage: float
     paid: Paid
     exposure: Floats
     """At the close, a fraction of the account's equity."""
@@ -206,6 +207,8 @@ class Traded(NamedTuple):
     @classmethod
     def load(cls, db: duckdb.DuckDBPyConnection, bars: Bars, arm: str) -> Traded:
         """Read one arm's columns, in the order of `bars`."""
+        if arm == "flat":
+            return cls._flat(bars)
         columns = ", ".join(f"{arm}_{item} AS {item}" for item in _ARM_COLUMNS)
         data = db.execute(f"SELECT {columns} FROM report_bars").fetchnumpy()
         value = {
@@ -215,9 +218,9 @@ class Traded(NamedTuple):
         return cls(
             side=side,
             entered=_entries(side, bars),
-            gross=value["gross"] * bars.capital,
-            fee=value["fee"] * bars.capital,
-            slippage=value["slippage"] * bars.capital,
+            gross=float((value["gross"] * bars.capital).sum()),
+            fee=float((value["fee"] * bars.capital).sum()),
+            slippage=float((value["slippage"] * bars.capital).sum()),
             paid=pay(
                 value["gross"],
                 value["gross_late"],
@@ -229,6 +232,22 @@ class Traded(NamedTuple):
             exposure=value["exposure"],
             equity=value["equity"],
             ruined=bars.per_symbol(value["ruined"]) > 0.0,
+        )
+
+    @classmethod
+    def _flat(cls, bars: Bars) -> Traded:
+        """Return the arm that holds its capital and does nothing, by definition."""
+        nothing = np.zeros(len(bars.ts_us))
+        return cls(
+            side=np.zeros(len(nothing), np.int64),
+            entered=np.zeros(len(nothing), np.bool_),
+            gross=0.0,
+            fee=0.0,
+            slippage=0.0,
+            paid=Paid(nothing, nothing, nothing, nothing),
+            exposure=nothing,
+            equity=bars.capital,
+            ruined=np.zeros(len(bars.symbols), np.bool_),
         )
 
     @property

@@ -449,15 +449,14 @@ def _drifts(db: duckdb.DuckDBPyConnection, played: _Played, tables: Floats) -> t
     if len(steps):
         rows = db.execute(
             """
-            SELECT (event_ts_us - 1) // $1 AS batch, action, count(*) AS n FROM scoped_decisions
-            WHERE kind = 'step' AND warm GROUP BY ALL
-            """,
-            [played.batch_us],
-        ).fetchnumpy()
-        batch = rows["batch"] - played.starts_us[0] // played.batch_us
-        # a step is decided at the first tick after its bar, at times in the batch after
-        batch = np.clip(batch, 0, len(steps) - 1)
-        np.add.at(steps, (batch, rows["action"]), rows["n"])
+            SELECT epoch_us((hour || ':00:00')::TIMESTAMP) AS ts_us, action, n FROM (
+                SELECT event_ts[:13] AS hour, action, count(*) AS n FROM scoped_decisions
+                WHERE kind = 'step' AND warm GROUP BY ALL
+            )
+            """
+        ).fetchnumpy()  # hours, since reading a text as a time costs more than all the rest
+        batch = rows["ts_us"] // played.batch_us - played.starts_us[0] // played.batch_us
+        np.add.at(steps, (np.clip(batch, 0, len(steps) - 1), rows["action"]), rows["n"])
     return (
         _drift(played, "v3's actions at steps", ACTION_TABLE, steps),
         _drift(played, "v3's changes of target", CLASSES, tables.sum(axis=2)),
@@ -632,28 +631,23 @@ def _samples(played: _Played, step_us: int) -> tuple[Ints, Ints, Ints, int]:
 
 
 def _confidence_of(db: duckdb.DuckDBPyConnection, bars: Bars, decided: Ints) -> Floats:
-    """Return the confidence of the steps of some bars; nan where the decision is not there."""
-    confidence = np.full(len(decided), np.nan)
-    if not len(decided):
-        return confidence
-    wanted = {  # noqa: F841, DuckDB reads it by its name
-        "number": np.arange(len(decided)),
-        "ts_us": bars.ts_us[decided],
-        "symbol": np.asarray(bars.symbols, object)[bars.symbol[decided]],
-    }
-    rows = db.execute(
-        """
-        SELECT wanted.number, any_value(decisions.confidence) AS confidence
-        FROM wanted
-        JOIN report_bars ON report_bars.event_ts_us = wanted.ts_us
-            AND report_bars.symbol = wanted.symbol
-        JOIN scoped_decisions AS decisions
-            ON decisions.decision_id = report_bars.step_decision_id
-        WHERE decisions.kind = 'step' GROUP BY 1
-        """
-    ).fetchnumpy()
-    confidence[rows["number"]] = np.asarray(rows["confidence"], np.float64)
-    return confidence
+    """Return the confidence of the steps of some bars; nan where the decision is not there.
+
+    A step is decided at the first tick past its bar, so its bar is the newest that ended before.
+    """
+    confidence = np.full(len(bars.ts_us), np.nan)
+    if len(decided):
+        rows = db.execute(
+            """
+            SELECT enum_code(TRY_CAST(symbol AS report_symbol)) AS symbol, event_ts_us, confidence
+            FROM scoped_decisions WHERE kind = 'step' AND action <> 0
+            """
+        ).fetchnumpy()
+        symbol = np.ma.filled(np.ma.asarray(rows["symbol"]).astype(np.int64), -1)
+        bar = bars.at(symbol, np.asarray(rows["event_ts_us"], np.int64) - 1)
+        there = (bar >= 0) & (symbol >= 0)
+        confidence[bar[there]] = np.asarray(rows["confidence"], np.float64)[there]
+    return confidence[decided]
 
 
 def _latency(db: duckdb.DuckDBPyConnection) -> tuple[Latency, ...]:
@@ -696,8 +690,9 @@ def extremes(
     rank = apart[np.lexsort((bars.ts_us[first[apart]], bars.symbol[first[apart]], gain[apart]))]
     worst = [i for i in rank[:EXTREMES].tolist() if gain[i] < 0.0]
     best = [i for i in rank[: -EXTREMES - 1 : -1].tolist() if gain[i] > 0.0]
-    steps = _steps_before(db, bars, first[worst + best], place)
-    others = _v2_before(db, bars, first[worst + best])
+    begins = first[worst + best].tolist()
+    steps = _steps_before(db, bars, begins, place)
+    others = _v2_before(db, bars, begins)
     found = [
         Disagreement(
             symbol=bars.symbols[bars.symbol[first[i]]],
@@ -718,33 +713,33 @@ def extremes(
 
 
 def _steps_before(
-    db: duckdb.DuckDBPyConnection, bars: Bars, first: Ints, place: Ints
+    db: duckdb.DuckDBPyConnection, bars: Bars, begins: Sequence[int], place: Ints
 ) -> dict[int, str]:
-    """Return the step of the bar before each of these, by number."""
-    rows = [
-        (number, before, bars.symbols[bars.symbol[i]])
-        for number, i in enumerate(first.tolist())
-        if place[i] and bars.symbol[before := bars.by_symbol[place[i] - 1]] == bars.symbol[i]
-    ]
+    """Return the step of the bar before each of these, by its place among them."""
+    wanted = []
+    for number, bar in enumerate(begins):
+        before = bars.by_symbol[place[bar] - 1]
+        if place[bar] and bars.symbol[before] == bars.symbol[bar]:
+            wanted.append((number, int(bars.ts_us[before]), bars.symbols[bars.symbol[bar]]))
+    times = ", ".join(str(ts_us) for _, ts_us, _ in wanted) or "NULL"
     return _look_up(
         db,
-        [(number, int(bars.ts_us[before]), symbol) for number, before, symbol in rows],
-        """
-        SELECT wanted.number, any_value(step_decision_id) FROM report_bars
-        JOIN wanted ON report_bars.event_ts_us = wanted.ts_us
-            AND report_bars.symbol = wanted.symbol
-        WHERE step_decision_id IS NOT NULL GROUP BY 1
+        wanted,
+        f"""
+        SELECT wanted.number, any_value(step_decision_id) FROM scoped_bars AS bars
+        JOIN wanted ON bars.event_ts_us = wanted.ts_us AND bars.symbol = wanted.symbol
+        WHERE step_decision_id IS NOT NULL AND event_ts_us IN ({times}) GROUP BY 1
         """,
     )
 
 
-def _v2_before(db: duckdb.DuckDBPyConnection, bars: Bars, first: Ints) -> dict[int, str]:
-    """Return the newest v2 decision that moved the arm up to the end of each bar, by number."""
+def _v2_before(db: duckdb.DuckDBPyConnection, bars: Bars, begins: Sequence[int]) -> dict[int, str]:
+    """Return the newest v2 decision that moved the arm, at most a day before each bar's end."""
     return _look_up(
         db,
         [
-            (number, int(bars.ts_us[i]), bars.symbols[bars.symbol[i]])
-            for number, i in enumerate(first.tolist())
+            (number, int(bars.ts_us[bar]), bars.symbols[bars.symbol[bar]])
+            for number, bar in enumerate(begins)
         ],
         """
         SELECT wanted.number, max_by(decision_id, (event_ts_us, decision_id)) FROM wanted
@@ -756,10 +751,10 @@ def _v2_before(db: duckdb.DuckDBPyConnection, bars: Bars, first: Ints) -> dict[i
 
 
 def _look_up(
-    db: duckdb.DuckDBPyConnection, rows: list[tuple[int, int, str]], query: str
+    db: duckdb.DuckDBPyConnection, wanted: Sequence[tuple[int, int, str]], query: str
 ) -> dict[int, str]:
-    if not rows:
+    if not wanted:
         return {}
-    values = ", ".join(f"({number}, {ts_us}, ?)" for number, ts_us, _ in rows)
-    wanted = f"WITH wanted(number, ts_us, symbol) AS (VALUES {values}) "
-    return dict(db.execute(wanted + query, [symbol for *_, symbol in rows]).fetchall())
+    values = ", ".join(f"({number}, {ts_us}, ?)" for number, ts_us, _ in wanted)
+    rows = f"WITH wanted(number, ts_us, symbol) AS (VALUES {values}) "
+    return dict(db.execute(rows + query, [symbol for *_, symbol in wanted]).fetchall())

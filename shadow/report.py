@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import msgspec
@@ -215,7 +216,7 @@ class PairGroup(msgspec.Struct, frozen=True):
     rule: int
     pairs: int
     delta_ms: tuple[float, float, float, float, float]
-    """v3's event time minus v2's: minimum, 5 %, 50 %, 95 %, maximum."""
+    """v3's event time minus v2's: minimum, 5 %, 50 %, 95 %, maximum; quantiles in whole ones."""
     undirected: int
     """v2 gave no direction; not in the agreement."""
     cold: int
@@ -657,7 +658,7 @@ def _eta(effect: Effect) -> str:
 
 def _slippage_bps(v2: Traded) -> float:
     traded = float(v2.paid.turnover.sum())
-    return 1e4 * float(v2.slippage.sum()) / traded if traded else 0.0
+    return 1e4 * v2.slippage / traded if traded else 0.0
 
 
 # -- the parts of a report -------------------------------------------------------------------------
@@ -780,9 +781,9 @@ def _arm(bars: Bars, name: str, traded: Traded, batches: Batches) -> Arm:
         name=name,
         net_per_day=one_look(values * batches.bps_per_day, ALPHA),
         net=net,
-        gross=float(traded.gross.sum()),
-        fees=float(traded.fee.sum()),
-        slippage=float(traded.slippage.sum()),
+        gross=traded.gross,
+        fees=traded.fee,
+        slippage=traded.slippage,
         turnover=float(traded.paid.turnover.sum()),
         max_drawdown=float(drawdown(equity(bars, traded.net)).max()),
         entries=int(traded.entered.sum()),
@@ -857,47 +858,44 @@ def _agreement_of(v3: Ints, v2: Ints, use: NDArray[np.bool_]) -> Agreement:
 
 
 def _pairs(db: duckdb.DuckDBPyConnection) -> tuple[PairGroup, ...]:
-    cells = ", ".join(
-        f"count(*) FILTER (usable AND v3 = {v3} AND v2 = {v2})"
-        for v3 in (-1, 0, 1)
-        for v2 in (-1, 0, 1)
-    )
     rows = db.execute(
-        f"""
-        SELECT opponent, rule, count(*), min(delta_us),
-               quantile_disc(delta_us, [0.05, 0.5, 0.95]), max(delta_us),
-               count(*) FILTER (v2 IS NULL), count(*) FILTER (v2 IS NOT NULL AND NOT warm), {cells}
-        FROM (
-            SELECT *, sign(v3_target) AS v3, sign(v2_exposure) AS v2,
-                   warm AND v2_exposure IS NOT NULL AS usable
-            FROM scoped_pairs
-        ) GROUP BY opponent, rule ORDER BY opponent, rule
+        """
+        SELECT opponent, rule, sign(v3_target)::INT AS v3, sign(v2_exposure)::INT AS v2, warm,
+               delta_us // 1000 AS delta_ms, count(*), min(delta_us), max(delta_us)
+        FROM scoped_pairs GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 6, 3, 4, 5
         """
     ).fetchall()
-    return tuple(_pair_group(*row[:8], cells=row[8:]) for row in rows)
+    return tuple(
+        _pair_group(opponent, rule, [row[2:] for row in group])
+        for (opponent, rule), group in groupby(rows, key=lambda row: row[:2])
+    )
 
 
-def _pair_group(
-    opponent: str,
-    rule: int,
-    pairs: int,
-    least: int,
-    quantiles: Sequence[int],
-    most: int,
-    undirected: int,
-    cold: int,
-    *,
-    cells: Sequence[int],
-) -> PairGroup:
-    low, middle, high = quantiles
+def _pair_group(opponent: str, rule: int, rows: Sequence[tuple[Any, ...]]) -> PairGroup:
+    """Describe pairs counted by side of v3, side of v2, warm and whole milliseconds apart."""
+    table = [[0, 0, 0] for _ in range(3)]
+    undirected = cold = 0
+    for v3, v2, warm, _, n, _, _ in rows:
+        if v2 is None:
+            undirected += n
+        elif not warm:
+            cold += n
+        else:
+            table[v3 + 1][v2 + 1] += n
+    counts = np.cumsum([row[4] for row in rows])
+    low, middle, high = (
+        float(rows[int(np.searchsorted(counts, max(q * counts[-1], 1.0)))][3])
+        for q in (0.05, 0.5, 0.95)
+    )
+    least, most = min(row[5] for row in rows) / 1e3, max(row[6] for row in rows) / 1e3
     return PairGroup(
         opponent=opponent,
         rule=rule,
-        pairs=pairs,
-        delta_ms=(least / 1e3, low / 1e3, middle / 1e3, high / 1e3, most / 1e3),
+        pairs=int(counts[-1]),
+        delta_ms=(least, low, middle, high, most),
         undirected=undirected,
         cold=cold,
-        agreement=agreement([cells[0:3], cells[3:6], cells[6:9]]),
+        agreement=agreement(table),
     )
 
 

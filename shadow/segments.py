@@ -147,16 +147,34 @@ def valid_segments(directory: Path, table: Table, position: Position) -> list[Se
 
 
 def relation(table: Table, files: Iterable[Path]) -> str:
-    """Return SQL that yields the table's rows from these files, typed even when there is none."""
+    """Return SQL that yields the table's rows from these files, typed even when there is none.
+
+    Where the newest file has every column, no typed row set is needed beside the files; DuckDB
+    would read ten times as much through the union.
+    """
+    paths = list(files)
+    names = ", ".join(map(_quote, paths))
+    rows = f"FROM read_parquet([{names}], union_by_name = true, hive_partitioning = false)"
+    if paths and _columns(paths[-1]) >= set(table.columns):
+        return f"SELECT {', '.join(map(_quoted_name, table.columns))} {rows}"
     types = ", ".join(f'NULL::{kind} AS "{name}"' for name, (kind, _) in table.columns.items())
     empty = f"SELECT {types} WHERE false"
-    names = ", ".join(_quote(path) for path in files)
-    if not names:
-        return empty
-    return (
-        f"{empty} UNION ALL BY NAME SELECT * FROM "
-        f"read_parquet([{names}], union_by_name = true, hive_partitioning = false)"
-    )
+    return f"{empty} UNION ALL BY NAME SELECT * {rows}" if paths else empty
+
+
+@lru_cache(maxsize=4096)
+def _columns(path: Path) -> frozenset[str]:
+    """Return the columns of a segment, none where it cannot be read: its reader will say so."""
+    try:
+        with duckdb.connect() as connection:
+            found = connection.execute(f"DESCRIBE SELECT * FROM read_parquet({_quote(path)})")
+            return frozenset(row[0] for row in found.fetchall())
+    except duckdb.Error:
+        return frozenset()
+
+
+def _quoted_name(name: str) -> str:
+    return f'"{name}"'
 
 
 class SegmentWriter:

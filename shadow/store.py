@@ -305,6 +305,7 @@ class StoreReader:
             DataError: a segment is damaged.
         """
         connection = duckdb.connect(":memory:")
+        connection.execute("SET parquet_metadata_cache = true")  # segments never change
         for name in TABLES:
             self._create_view(connection, name, _with_times(TABLES[name], self.files(name)))
         parked = " UNION ALL ".join(
