@@ -58,8 +58,8 @@ LATENCY_EVERY = 8
 """One in so many entries of a commit is a sample, its first always."""
 TRIES = 2
 """An entry that was alone in hand so often when a worker died is not folded any more."""
-ALONE = 64
-"""At least so many entries are folded one at a time then: as many as a commit usually has."""
+ALONE = 128
+"""At least so many entries are folded one at a time then: a commit on its way and one in hand."""
 WARM_UP = "warm-up"
 _LOGGED_KINDS = (b'{"kind":"pair"', b'{"kind":"unpaired"', b'{"kind":"outcome"', b'{"kind":"bar"')
 
@@ -212,7 +212,7 @@ class Worker:
             owner=f"pid {os.getpid()} on {socket.gethostname()}",
         )
         self._log_start(start)
-        self._alone = max(ALONE, config.max_batch) if start.unclean else 0
+        self._alone = max(ALONE, 2 * config.max_batch) if start.unclean else 0
         self._suspect = start.suspect
         self.pipeline = self._new_pipeline()
         self.pipeline.counts.update(start.counts)
