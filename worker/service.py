@@ -64,9 +64,8 @@ LATENCY_EVERY = 8
 COMPARISONS = "rl_v3.comparison"
 TRIES = 2
 """An entry that was alone in hand so often when a worker died is not folded any more."""
-ALONE = 64
-"""At least so many entries, twice, are folded one at a time then: as many as a commit usually has,
-and one commit may be on its way while the next is folded."""
+ALONE = 128
+"""At least so many entries are folded one at a time then: a commit on its way and one in hand."""
 WARM_UP = "warm-up"
 _NOTED_KINDS = tuple(
     f'{{"kind":"{kind}"'.encode() for kind in ("pair", "unpaired", "outcome", "bar", "decision")
@@ -265,7 +264,7 @@ class Worker:
             owner=self._owner,
         )
         self._log_start(start)
-        self._alone = 2 * max(ALONE, config.max_batch) if start.unclean else 0
+        self._alone = max(ALONE, 2 * config.max_batch) if start.unclean else 0
         self._suspect = start.suspect
         self.pipeline = self._new_pipeline()
         self.pipeline.counts.update(start.counts)

@@ -545,8 +545,8 @@ def test_what_is_kept_for_a_while_lies_in_parts_that_follow_each_other(
             await until(lambda: bool(parts()))
             for start in range(0, len(entries), 400):
                 append(server, entries[start : start + 400])
-                await until(lambda: bool(set(parts()) - seen))  # noqa: B023 - awaited at once; a part began
-                seen |= set(parts())
+                await until(lambda: not set(parts()) <= seen)  # a part began
+                seen.update(parts())
             await folded(worker, len(entries))
         async with recording(config, tmp_path, keep):  # continues the newest part
             pass
