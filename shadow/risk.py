@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from rlv3.errors import ConfigError
 from rlv3.events import Action
-from rlv3.portfolio import Account
+from rlv3.portfolio import Costs
+from shadow.arms import Arm, Order
 
 DAY_US = 86_400_000_000
 _CLEAR = frozenset({"", "0", "false", "no", "off", "none", "inactive"})
@@ -78,11 +79,15 @@ class RiskLimits:
 
 
 class Ruling(NamedTuple):
-    """What the limits say to one action."""
+    """What the limits say."""
 
     allowed: bool
     reason: str | None
     """Why not: kill_switch, daily_loss, gross_exposure or leverage; None when allowed."""
+
+    def on(self, action: int) -> Ruling:
+        """Apply this ruling on entries to an action."""
+        return self if action in (Action.LONG, Action.SHORT) else ALLOWED
 
 
 ALLOWED = Ruling(True, None)
@@ -94,41 +99,38 @@ def engaged(value: bytes | None) -> bool:
 
 
 class RiskGuard:
-    """The limits of one symbol's guarded account, with what they must remember of the day."""
+    """One symbol's guarded account, and what its limits must remember of the day."""
 
-    __slots__ = ("_day", "_day_equity", "limits")
+    __slots__ = ("_day", "_day_equity", "arm", "limits")
 
-    def __init__(self, limits: RiskLimits) -> None:
+    def __init__(self, limits: RiskLimits, initial_balance: float, costs: Costs) -> None:
         self.limits = limits
+        self.arm = Arm(initial_balance, costs)
         self._day = -1
         self._day_equity = 0.0
 
-    def mark(self, ts_us: int, equity: float) -> bool:
-        """Note equity at an event time; return True when that begins a day."""
+    def on_price(self, ts_us: int, price: float, half_spread: float) -> bool:
+        """Mark the account at a price and fill what is due; return True when state changed."""
+        arm = self.arm
         day = ts_us // DAY_US
-        if day <= self._day:
-            return False
-        self._day, self._day_equity = day, equity
-        return True
+        begun = day > self._day
+        if begun:  # with the equity that the day before left
+            self._day, self._day_equity = day, arm.account.equity
+        held = arm.account.quantity != 0.0
+        return arm.on_price(ts_us, price, half_spread) or begun or held
 
-    def rule(self, action: int, account: Account, killed: bool) -> Ruling:
-        """Say whether an action may be carried out by the guarded account.
-
-        Args:
-            action: index of the action; only LONG and SHORT can be vetoed.
-            account: the guarded account, marked at the price of the decision.
-            killed: whether the kill switch is engaged.
-        """
-        if action not in (Action.LONG, Action.SHORT):
-            return ALLOWED
-        limits = self.limits
+    def entry(self, *, killed: bool) -> Ruling:
+        """Say whether an entry would be allowed now; nothing but an entry is ever vetoed."""
+        limits, account = self.limits, self.arm.account
         if killed and limits.kill_switch is not None:
             return Ruling(False, "kill_switch")
         equity = account.equity
-        if limits.max_daily_loss is not None and self._day >= 0:
-            floor = self._day_equity * (1.0 - limits.max_daily_loss)
-            if equity <= floor:
-                return Ruling(False, "daily_loss")
+        if (
+            limits.max_daily_loss is not None
+            and self._day >= 0
+            and equity <= self._day_equity * (1.0 - limits.max_daily_loss)
+        ):
+            return Ruling(False, "daily_loss")
         notional = account.costs.entry_fraction * equity
         if (
             limits.max_gross_exposure is not None
@@ -139,10 +141,23 @@ class RiskGuard:
             return Ruling(False, "leverage")
         return ALLOWED
 
-    def dump(self) -> tuple[int, float]:
-        """Return what must survive a restart."""
-        return self._day, self._day_equity
+    def step(
+        self, action: int, ruling: Ruling, due_us: int, ts_us: int, price: float, half_spread: float
+    ) -> None:
+        """Carry out v3's step, unless it is an entry that was vetoed."""
+        self.arm.account.end_step()
+        if action != Action.HOLD and ruling.on(action).allowed:
+            self.arm.place(Order(due_us, action, 0.0), ts_us, price, half_spread)
 
-    def load(self, values: Any) -> None:
+    def flatten(self) -> None:
+        """Close at the next price: another policy decides from here on."""
+        self.arm.order = Order(0, None, 0.0)
+
+    def dump(self) -> tuple[Any, ...]:
+        """Return what must survive a restart."""
+        return self.arm.dump(), self.arm.dump_tick(), self._day, self._day_equity
+
+    def load(self, values: Any, mark: float) -> None:
         """Restore a dump."""
-        self._day, self._day_equity = values
+        arm, tick, self._day, self._day_equity = values
+        self.arm.load(arm, tick, mark)
