@@ -62,6 +62,7 @@ from shadow.records import (
     iso,
     record_id,
 )
+from shadow.risk import RiskGuard, RiskLimits, Ruling
 from shadow.rl_v2 import QTables, V2Reference
 from shadow.symbol import StateError, SymbolState, pack, unpack
 
@@ -97,6 +98,8 @@ class Settings:
     pair_window_ai_s: float = 90.0
     self_play: bool = False
     """The v2 arm is v3 again (`backtest --self`)."""
+    risk: RiskLimits | None = None
+    """Limits that every decision is annotated with, and that an arm of their own obeys."""
     max_events: int = 64
     """Entries per commit; batch limits change no result."""
     max_bytes: int = 65_536
@@ -107,17 +110,20 @@ class Settings:
         values = asdict(self)
         values["costs"] = self.costs._asdict()
         values["tick_sources"] = None if self.tick_sources is None else sorted(self.tick_sources)
+        if self.risk is None:
+            del values["risk"]  # settings of before there were limits are the same ones
         return values
 
     @classmethod
     def restore(cls, values: Mapping[str, Any]) -> Settings:
         """Return the settings of a dump."""
-        sources = values["tick_sources"]
+        sources, risk = values["tick_sources"], values.get("risk")
         return cls(
             **{
                 **values,
                 "costs": Costs(**values["costs"]),
                 "tick_sources": None if sources is None else frozenset(sources),
+                "risk": None if risk is None else RiskLimits.restore(risk),
             }
         )
 
@@ -142,6 +148,8 @@ class _Job(msgspec.Struct, gc=False):
     warm: bool
     pairs: bool = True
     """False for a replay: it came too late to be compared with anything."""
+    entry: Ruling | None = None
+    """What the risk limits said to an entry when the inputs were fixed; None without limits."""
 
 
 class Pipeline:
@@ -179,6 +187,10 @@ class Pipeline:
         self.marks = (0, 0, 0)
         """How often entries were lost, prices were lost, and runs were ended. A symbol that comes
         up again applies what happened meanwhile, so that none of it writes all states at once."""
+        self.kills = 0
+        """How often the kill switch of the risk limits changed: engaged while that is odd."""
+        self.vetoes: dict[str, int] = {}
+        """Reason -> decisions that the risk limits would not have allowed, by this object."""
         self._newest = (0, 0, 0)  # (ms, seq, rank) of the newest entry folded in its order
         self._ledger_minute = -1
         self._own_dirty = False
@@ -280,8 +292,9 @@ class Pipeline:
                 self.run_id, self._ledger_minute, self.decisions, self.pairs, self._streams, *later
             ) = unpack(own)  # fmt: skip
             if later:  # absent in states of before losses were folded
-                self.lost, marks, newest = later
+                self.lost, marks, newest, *risk = later
                 self.marks, self._newest = tuple(marks), tuple(newest)
+                (self.kills,) = risk or (0,)  # absent in states of before there were limits
         kept = [unpack(cell) for name, cell in cells.get("", {}).items() if name != "own"]
         self._replayed = {place: number for number, place in sorted(kept)}
         self._replays = max(self._replayed.values(), default=-1) + 1
@@ -358,6 +371,20 @@ class Pipeline:
         self.marks = gaps + 1, price_gaps + (event_type == "market.tick"), swaps
         self._own_dirty = True
         self._ledger("lost", self._ledger_minute, (f"{stream}|{after}", f"{stream}|{upto}"))
+
+    def kill(self, engaged: bool) -> None:
+        """Take what the kill switch says into the next commit, before its entries."""
+        if engaged == self.killed:
+            return
+        self.kills += 1
+        self._own_dirty = True
+        word = "on" if engaged else "off"
+        self._ledger("kill", self._ledger_minute, (f"{self.kills}|{word}",))
+
+    @property
+    def killed(self) -> bool:
+        """Whether the kill switch of the risk limits is engaged."""
+        return self.kills % 2 == 1
 
     def run(
         self,
@@ -530,6 +557,8 @@ class Pipeline:
         if changed:
             state.arms_dirty = True
             self._note_v2_outcome(state, realised)
+        if state.guard is not None and state.guard.on_price(ts_us, price, half_spread):
+            state.guard_dirty = True
         if stale:
             state.owed = state.owed or closed is not None
             if bar is not None:
@@ -779,7 +808,8 @@ class Pipeline:
         self._outputs.append(None)
         return _Job(
             slot, ref, state, ts_us, kind, signal, raw, missing, mask, state.standing_id,
-            arm.target, account.exposure, market.close, state.last_direction or 0, warm,
+            arm.target, account.exposure, market.close, state.last_direction or 0, warm, True,
+            None if state.guard is None else state.guard.entry(killed=self.killed),
         )  # fmt: skip
 
     def _step(
@@ -798,6 +828,10 @@ class Pipeline:
                 job = self._job(ref, state, ts_us, "step", signal=False)
                 action, obs = self._decide_now(job)
                 missing = job.missing
+                if state.guard is not None and job.entry is not None:
+                    due_us = ts_us + self._latency_us
+                    state.guard.step(action, job.entry, due_us, ts_us, price, half_spread)
+                    state.guard_dirty = True
             else:
                 action = self._mirror(state, arm)
             arm.account.end_step()
@@ -865,8 +899,14 @@ class Pipeline:
         stamp = iso(job.ts_us)
         missing = job.missing
         zone = min(max(1.0 + value / 20.0, 0.5), 1.5)
+        allowed: bool | None = None
+        reason: str | None = None
+        if job.entry is not None:
+            allowed, reason = job.entry.on(action)
+            if reason is not None:
+                self.vetoes[reason] = self.vetoes.get(reason, 0) + 1
         payload = self._encode_decision(
-            Decision(  # by position: 37 names would take longer than to encode them
+            Decision(  # by position: 39 names would take longer than to encode them
                 state.symbol, stamp, action, probs[action], value, "RL_V3_PPO", True, trace_id,
                 {
                     "price": job.price,
@@ -883,7 +923,8 @@ class Pipeline:
                 },
                 min(1.0, abs(value) / 10.0), zone, TP_PCT * zone, digest[:12], digest,
                 self.feature_version, stamp, ref.event_type, ref.stream, ref.entry_id,
-                ref.trace_id, ref.correlation_id, self.run_id, self._now_ms - ref.id_ms,
+                ref.trace_id, ref.correlation_id, self.run_id, self._now_ms - ref.id_ms, allowed,
+                reason,
             )
         )  # fmt: skip
         self._bytes += len(payload) + 250
@@ -915,7 +956,7 @@ class Pipeline:
         arms = state.bars()
         assert tuple(arms) == ARMS
         gap, state.gap = state.gap, False
-        state.closed_dirty = True
+        state.closed_dirty = state.guard_dirty = True
         if state.reference is not None:
             state.reference.observe_close(closed.close)
             state.reference.observe_equity(arms["v2"].equity)
@@ -942,6 +983,7 @@ class Pipeline:
             obs=(),
             missing_mask=market.closed_missing,
             policy_digest=self.policy.digest,
+            guarded=None if state.guard is None else state.guard.arm.bar(),
         )
 
     def _opponent(self, state: SymbolState) -> str:
@@ -1037,9 +1079,13 @@ class Pipeline:
     def _new_symbol(self, symbol: str) -> SymbolState:
         settings = self.settings
         reference = None if self.tables is None else V2Reference(self.tables)
+        guard = None
+        if settings.risk is not None:
+            guard = RiskGuard(settings.risk, settings.initial_balance, settings.costs)
         state = SymbolState(
-            symbol, self.policy.step_seconds, settings.initial_balance, settings.costs, reference
-        )
+            symbol, self.policy.step_seconds, settings.initial_balance, settings.costs, reference,
+            guard,
+        )  # fmt: skip
         state.marks = self.marks
         return state
 
@@ -1068,6 +1114,9 @@ class Pipeline:
                 state.v2_bus = False
                 state.standing_id = None
                 state.arms_dirty = True
+                if state.guard is not None:
+                    state.guard.flatten()
+                    state.guard_dirty = True
         state.marks = self.marks
         self._touch(state).open_dirty = True
 
@@ -1094,7 +1143,7 @@ class Pipeline:
         if self._own_dirty or taken:
             own = (
                 self.run_id, self._ledger_minute, self.decisions, self.pairs, self._streams,
-                self.lost, self.marks, self._newest,
+                self.lost, self.marks, self._newest, self.kills,
             )  # fmt: skip
             cells[""] = {"own": pack(own), **self._own_cells}
             self._own_cells = {}
@@ -1122,6 +1171,10 @@ class Pipeline:
             if name != "flat"
         }
         equity["flat"] = initial * len(self.symbols)
+        if self.settings.risk is not None:
+            equity["v3_guarded"] = sum(
+                state.guard.arm.account.equity for state in states if state.guard is not None
+            )
         return {
             "run_id": self.run_id,
             "policy": self.policy.digest,

@@ -90,6 +90,10 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     run_id: str
     latency_ms: float
     """Commit time minus entry id time, by the worker's clock; the only field a replay changes."""
+    risk_allowed: bool | None = None
+    """What risk limits would have said to the action; null without limits."""
+    risk_reason: str | None = None
+    """Why they would not have allowed it: kill_switch, daily_loss, gross_exposure or leverage."""
 
 
 class V2Row(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="decision"):
@@ -227,6 +231,8 @@ class BarRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="bar")
     missing_mask: int
     policy_digest: str
     schema_version: int = SCHEMA_VERSION
+    guarded: ArmBar | None = None
+    """v3 as it would have traded under the risk limits; null without limits."""
 
 
 class OutcomeRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="outcome"):
@@ -257,14 +263,15 @@ class LedgerRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="le
     """Empty: the ledger is about streams."""
     event_ts_us: int
     reason: str
-    """minute, stop, conflated, lost, order, crash, replay, swap (another run begins) or
+    """minute, stop, conflated, lost, order, crash, replay, kill, swap (another run begins) or
     corrupt_state."""
     counts: dict[str, dict[str, int]]
     """stream name -> outcome -> entries; beside the outcomes, `lost` where that is counted."""
     entry_ids: tuple[str, ...]
     """As `stream|id`. conflated: what was left out. lost: last entry before the hole, and where
     reading went on. order: all entries of a commit, as they were folded. crash: what ended the
-    process and was left out. replay: the dead letter's entry that was decided."""
+    process and was left out. replay: the dead letter's entry that was decided. kill: its
+    number, and `on` or `off`: what the kill switch says from here on."""
     policy_digest: str
     schema_version: int = SCHEMA_VERSION
 

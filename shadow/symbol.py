@@ -4,6 +4,7 @@ State is kept in named cells, so that a commit writes only what changed:
   open    changes with every tick: open bar, drawdowns, ring counters, open v2 decisions
   arms    changes with orders, fills and bars: accounts, targets, the standing decision
   closed  changes when a bar closes: windows and indicators, RL v2's own memory
+  guard   changes with prices, where there are risk limits: v3 as it would have traded
   d0…d63  the last ticks, to recognise duplicates
   m0…m63, a0…a63   candidates of the pairing
 Each cell is one version byte, a CRC-32 and msgpack.
@@ -24,6 +25,7 @@ from rlv3.portfolio import Costs
 from shadow.arms import Arm
 from shadow.pairing import RING, Pairing
 from shadow.records import ArmBar
+from shadow.risk import RiskGuard
 from shadow.rl_v2 import V2Reference
 
 CELL_VERSION = 1
@@ -64,9 +66,9 @@ class SymbolState:
 
     __slots__ = (
         "_known", "_recent", "arms_dirty", "bus_regime", "closed_dirty", "dirty_slots",
-        "follow_signal", "gap", "last_confidence", "last_direction", "market", "marks", "n_recent",
-        "now_us", "open_dirty", "owed", "pairing", "reference", "regime", "standing_id", "symbol",
-        "v2", "v2_bus", "v2_digest", "v2_multiplier", "v3",
+        "follow_signal", "gap", "guard", "guard_dirty", "last_confidence", "last_direction",
+        "market", "marks", "n_recent", "now_us", "open_dirty", "owed", "pairing", "reference",
+        "regime", "standing_id", "symbol", "v2", "v2_bus", "v2_digest", "v2_multiplier", "v3",
     )  # fmt: skip
 
     def __init__(
@@ -76,6 +78,7 @@ class SymbolState:
         initial_balance: float,
         costs: Costs,
         reference: V2Reference | None,
+        guard: RiskGuard | None = None,
     ) -> None:
         self.symbol = symbol
         self.market = MarketState(step_seconds)
@@ -83,6 +86,7 @@ class SymbolState:
         self.v2 = Arm(initial_balance, costs)
         self.follow_signal = Arm(initial_balance, costs)
         self.reference = reference
+        self.guard = guard
         self.pairing = Pairing()
         self._recent: list[tuple[int, float, float | None] | None] = [None] * RING
         self._known: set[tuple[int, float, float | None]] = set()
@@ -99,7 +103,7 @@ class SymbolState:
         self.v2_digest: str | None = None
         self.v2_multiplier: float | None = None
         self.marks = (0, 0, 0)  # what of `Pipeline.marks` was applied here
-        self.open_dirty = self.arms_dirty = self.closed_dirty = False
+        self.open_dirty = self.arms_dirty = self.closed_dirty = self.guard_dirty = False
         self.dirty_slots: set[int] = set()
 
     def seen(self, ts_us: int, price: float, volume: float | None) -> bool:
@@ -174,12 +178,14 @@ class SymbolState:
         if self.closed_dirty:
             memory = None if self.reference is None else self.reference.dump()
             cells["closed"] = pack((self.market.dump_closed(), self.regime, memory))
+        if self.guard is not None and self.guard_dirty:
+            cells["guard"] = pack(self.guard.dump())
         for slot in self.dirty_slots:
             cells[_TICK_CELLS[slot]] = pack(self._recent[slot])
         for name in self.pairing.dirty:
             ring = self.pairing.main if name[0] == "m" else self.pairing.advisory
             cells[name] = pack(ring[int(name[1:])])
-        self.open_dirty = self.arms_dirty = self.closed_dirty = False
+        self.open_dirty = self.arms_dirty = self.closed_dirty = self.guard_dirty = False
         self.dirty_slots.clear()
         self.pairing.dirty.clear()
         return cells
@@ -214,6 +220,8 @@ class SymbolState:
             ) = facts  # fmt: skip
             if self.reference is not None and memory is not None:
                 self.reference.load(memory)
+            if self.guard is not None and "guard" in cells:  # absent where limits are new
+                self.guard.load(unpack(cells["guard"]), mark)
             self.pairing.load(pairing, {k: v for k, v in slots.items() if k[0] in "ma"})
         except (ValueError, TypeError, IndexError) as error:
             raise StateError(f"state of symbol {self.symbol} does not fit: {error}") from error
@@ -224,7 +232,7 @@ class SymbolState:
 
     def mark_all_dirty(self) -> None:
         """Make the next `take_cells` return everything."""
-        self.open_dirty = self.arms_dirty = self.closed_dirty = True
+        self.open_dirty = self.arms_dirty = self.closed_dirty = self.guard_dirty = True
         self.dirty_slots.update(i for i, tick in enumerate(self._recent) if tick is not None)
         for prefix, ring in (("m", self.pairing.main), ("a", self.pairing.advisory)):
             self.pairing.dirty.update(f"{prefix}{i}" for i, c in enumerate(ring) if c is not None)

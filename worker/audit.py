@@ -26,7 +26,8 @@ from worker.errors import CheckFailed
 
 _EXAMPLES = 5
 _PILE = 4_096
-_RECOMPUTED = ("minute", "conflated", "lost", "order", "swap", "crash", "replay")  # all but stop
+_RECOMPUTED = ("minute", "conflated", "lost", "order", "swap", "crash", "replay", "kill")
+"""All reasons but stop."""
 
 
 class Audit(NamedTuple):

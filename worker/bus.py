@@ -36,6 +36,7 @@ from redis.exceptions import (
 
 from rlv3.errors import ConfigError
 from shadow.records import SCHEMA_VERSION, Commit, Entry, Output
+from shadow.risk import engaged
 from worker.address import SCHEMES, open_pool, quiet, shown
 from worker.errors import CheckFailed, Fenced, RedisUnavailable
 from worker.keys import REPLAY, Keys
@@ -83,6 +84,8 @@ class Batch(NamedTuple):
     """The last so many have ids more than 1 s ahead of TIME: released as read."""
     lost: dict[str, Loss]
     """Event type -> what was trimmed before we read it, found now; the entries lie behind it."""
+    killed: bool
+    """Whether the kill switch is engaged; False where none is read."""
 
 
 class Start(NamedTuple):
@@ -241,6 +244,7 @@ class Bus:
         decisions_cap: int = 50_000,
         comparisons_cap: int = 50_000,
         dlq_cap: int = 10_000,
+        kill_switch: str | None = None,
     ) -> None:
         self.keys = keys
         self.inputs = tuple(inputs)
@@ -255,6 +259,7 @@ class Bus:
         self._side = _Link(sink_url)  # beside the path: what it sends delays no commit
         self._side_lock = asyncio.Lock()
         self._as_msgpack = codec == "msgpack"
+        self._kill_switch = kill_switch
         self._caps = {
             "rl_v3.decision": (keys.decisions, KEPT, decisions_cap),
             "rl_v3.comparison": (keys.comparisons, KEPT, comparisons_cap),
@@ -439,7 +444,12 @@ class Bus:
             ("XREAD", "COUNT", count, "STREAMS", *self._at_source,
              *(self.cursors[stream] for stream in self._at_source)),
             *(_info_commands(self._at_source) if check else ()),
+            *((("GET", self._kill_switch),) if self._kill_switch is not None else ()),
         )  # fmt: skip
+        killed = False
+        if self._kill_switch is not None:
+            value = infos.pop()  # what is no string is not a clear "off" either
+            killed = isinstance(value, RedisError) or engaged(value)
         self._time_ms = int(seconds) * 1000 + int(micros) / 1000
         self._time_at = time.monotonic()
         if isinstance(reply, RedisError):
@@ -463,7 +473,7 @@ class Bus:
             [entry.id_ms for entry in released[:1]] + ([held] if held is not None else []),
             default=self._time_ms,
         )
-        return Batch(released, max(0.0, self._time_ms - oldest), ahead, lost)
+        return Batch(released, max(0.0, self._time_ms - oldest), ahead, lost, killed)
 
     async def _read_sink(self, count: int) -> tuple[list[Any], dict[str, StreamInfo | None]]:
         """Read what has to wait for us at the sink: replays, when that is another server."""

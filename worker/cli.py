@@ -90,6 +90,10 @@ def run(
     max_batch: Annotated[
         str | None, typer.Option(help="Events per commit; changes no result. (default: 64)")
     ] = None,
+    risk_limits: Annotated[
+        str | None,
+        typer.Option(help="TOML file of risk limits that every decision is held against."),
+    ] = None,
     require_acl: Annotated[
         bool | None,
         typer.Option("--require-acl", help="Refuse a Redis user that could trade: exit 4."),

@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from rlv3.errors import ConfigError
 from rlv3.policy import shipped_policy
+from shadow.risk import RiskLimits
 from worker.address import SCHEMES
 from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY
 
@@ -71,6 +72,8 @@ class WorkerConfig:
     """Hard cap of the comparison stream."""
     dlq_cap: int = 10_000
     """Dead letters kept per input stream."""
+    risk_limits: RiskLimits | None = None
+    """Limits that decisions are annotated with; an account of their own obeys them."""
     require_acl: bool = False
     """Refuse to start as a Redis user that could write to the trading system."""
     log_level: str = "INFO"
@@ -367,5 +370,6 @@ _SETTINGS: dict[str, Parser] = {
     "decisions_cap": _whole(1, 100_000_000),
     "comparisons_cap": _whole(1, 100_000_000),
     "dlq_cap": _whole(1, 100_000_000),
+    "risk_limits": lambda _, value: RiskLimits.load(Path(value)),
     "require_acl": _switch,
 }

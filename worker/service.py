@@ -86,6 +86,7 @@ def settings_of(config: WorkerConfig) -> Settings:
         tick_sources=config.tick_sources,
         max_event_age_s=config.max_event_age,
         max_events=config.max_batch,
+        risk=config.risk_limits,
     )
 
 
@@ -105,6 +106,7 @@ async def run(config: WorkerConfig, log: Log) -> None:
         decisions_cap=config.decisions_cap,
         comparisons_cap=config.comparisons_cap,
         dlq_cap=config.dlq_cap,
+        kill_switch=None if config.risk_limits is None else config.risk_limits.kill_switch,
     )
     try:
         policy = await policy_at_start(config, bus, log)
@@ -236,9 +238,12 @@ class Worker:
             batch = await self._persist(self._read, "read")
             self.progress.lag_ms = batch.lag_ms
             self._lose(batch)
+            killed = batch.killed != self.pipeline.killed
+            if killed:
+                self._kill(batch.killed)
             if batch.entries:
                 await self._fold(batch)
-            elif batch.lost:
+            elif batch.lost or killed:
                 await self._persist(self._committing(self.pipeline.run([], now_ms=0.0)))
             else:
                 await self._until_stopped(self._persist(self.bus.wait, "wait"))
@@ -640,6 +645,16 @@ class Worker:
         for (event_type, outcome), count in sorted(self.pipeline.counts.items()):
             totals.setdefault(event_type, {})[outcome] = count
         return totals
+
+    def _kill(self, engaged: bool) -> None:
+        """Take the kill switch into the next commit, so that a replay finds it there."""
+        self.pipeline.kill(engaged)
+        self.log.warning(
+            "KILL_SWITCH",
+            msg="the risk limits' kill switch is "
+            + ("engaged: entries would be vetoed" if engaged else "clear again"),
+            engaged=engaged,
+        )
 
     def _log_heartbeat(self) -> None:
         self.log.info("WORKER_HEARTBEAT", msg="alive", **self.figures())

@@ -29,6 +29,7 @@ from shadow.records import (
     decode_decision,
     encode_msgpack,
 )
+from shadow.risk import RiskLimits
 from shadow.rl_v2 import QTables
 from shadow.symbol import pack, unpack
 
@@ -592,3 +593,98 @@ def test_replays_change_nothing_but_the_ledger_wherever_a_batch_is_cut(
             ]
     if not conflate:
         assert results[0] == results[1] == results[2]
+
+
+LIMITS = RiskLimits(max_daily_loss=2e-4, kill_switch="quantum:kill")
+UNBOUND = RiskLimits(max_leverage=1e9)
+
+
+def risky(pipeline: Pipeline, entries: Sequence[Entry]) -> list[Commit]:
+    """Fold with the kill switch engaged for a while, once there is enough history to trade."""
+    on, off = engaged_between(entries)
+    commits = [pipeline.begin({}), *fold(pipeline, entries[:on])]
+    pipeline.kill(True)
+    commits += fold(pipeline, entries[on:off])
+    pipeline.kill(False)
+    return [*commits, *fold(pipeline, entries[off:])]
+
+
+def engaged_between(entries: Sequence[Entry]) -> tuple[int, int]:
+    return 7 * len(entries) // 10, 8 * len(entries) // 10
+
+
+def test_rulings_do_not_depend_on_where_a_batch_was_cut(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = workload(bus_entry, seed=5)
+    results = []
+    for limit in (1, 7, 64):
+        settings = Settings(max_events=limit, risk=LIMITS)
+        commits = risky(Pipeline(policy, tables, settings, INPUTS), entries)
+        results.append(payloads(commits))
+    assert results[0] == results[1] == results[2]
+    reasons = Counter(d.risk_reason for d in decisions(commits))
+    assert reasons["kill_switch"] > 10
+    assert reasons["daily_loss"] > 10
+    assert all(d.risk_allowed is (d.risk_reason is None) for d in decisions(commits))
+    assert [row.entry_ids for row in rows(commits, LedgerRow) if row.reason == "kill"] == [
+        ("1|on",),
+        ("2|off",),
+    ]
+
+
+def test_limits_annotate_and_change_nothing_that_v3_or_a_verdict_sees(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = workload(bus_entry, seed=5)
+    plain = Pipeline(policy, tables, Settings(), INPUTS)
+    bare = [plain.begin({}), *fold(plain, entries)]
+    bound = risky(Pipeline(policy, tables, Settings(risk=LIMITS), INPUTS), entries)
+    same = {"run_id": "", "latency_ms": 0.0, "risk_allowed": None, "risk_reason": None}
+    assert [msgspec.structs.replace(d, **same) for d in decisions(bare)] == [
+        msgspec.structs.replace(d, **same) for d in decisions(bound)
+    ]
+    assert [row.arms for row in rows(bare, BarRow)] == [row.arms for row in rows(bound, BarRow)]
+    assert all(row.guarded is None for row in rows(bare, BarRow))
+    assert all(d.risk_allowed is None for d in decisions(bare))
+    guarded = [row.guarded for row in rows(bound, BarRow)]
+    traded = sum(row.arms["v3"].turnover for row in rows(bound, BarRow))
+    assert 0.0 < sum(bar.turnover for bar in guarded if bar is not None) < traded
+
+
+def test_limits_that_never_bind_leave_v3_as_it_is(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    pipeline = Pipeline(policy, tables, Settings(risk=UNBOUND), INPUTS)
+    bars = rows([pipeline.begin({}), *fold(pipeline, workload(bus_entry, seed=6))], BarRow)
+    assert sum(row.arms["v3"].turnover for row in bars) > 0.0
+    assert all(row.guarded == row.arms["v3"] for row in bars)
+
+
+def test_a_restart_under_limits_continues_identically(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    entries = workload(bus_entry, seed=7)
+    settings = Settings(max_events=16, risk=LIMITS)
+    whole = payloads(risky(Pipeline(policy, tables, settings, INPUTS), entries))
+    on, off = engaged_between(entries)
+    steps = [(0, on, None), (on, off, True), (off, len(entries), False)]
+    pipeline = Pipeline(policy, tables, settings, INPUTS)
+    commits = [pipeline.begin({})]
+    for begin, end, killed in steps:
+        if killed is not None:
+            pipeline.kill(killed)
+        for at in range(begin, end, 50):
+            commits += fold(pipeline, entries[at : min(at + 50, end)])
+            cells = stored_by(commits)
+            counts = dict(pipeline.counts)
+            pipeline = Pipeline(policy, tables, settings, INPUTS)
+            pipeline.counts.update(counts)
+            assert pipeline.restore(cells) == []
+    assert payloads(commits) == whole
+
+
+def test_settings_with_limits_survive_a_dump_and_older_ones_have_none() -> None:
+    assert Settings.restore(Settings(risk=LIMITS).dump()) == Settings(risk=LIMITS)
+    assert "risk" not in Settings().dump()
+    assert Settings.restore(Settings().dump()) == Settings()

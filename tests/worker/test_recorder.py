@@ -31,7 +31,8 @@ from rlv3.policy import Policy, build_artifact, shipped_policy
 from shadow.backtest import backtest
 from shadow.explain import explain
 from shadow.recording import Reading, load_snapshot
-from shadow.records import decode_decision
+from shadow.records import LedgerRow, decode_comparison, decode_decision
+from shadow.risk import RiskLimits
 from shadow.segments import list_segments, read_position
 from shadow.store import StoreReader
 from worker import logs
@@ -155,7 +156,11 @@ def config_of(server: RedisServer, artifact: Path, **changes: Any) -> WorkerConf
 async def working(config: WorkerConfig) -> AsyncIterator[Worker]:
     """A worker in this loop, stopped in order at the end."""
     keys = Keys(config.prefix)
-    bus = Bus(config.source_url, config.sink_url, keys, config.inputs)
+    limits = config.risk_limits
+    bus = Bus(
+        config.source_url, config.sink_url, keys, config.inputs,
+        kill_switch=None if limits is None else limits.kill_switch,
+    )  # fmt: skip
     worker = Worker(config, bus, load_policy(config), None, logs.configure("ERROR"))
     task = asyncio.create_task(worker.run())
     try:
@@ -636,6 +641,44 @@ def test_a_recording_of_another_prefix_is_refused(
             await record(server.url, server.url, "other", tmp_path)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("value", [b"1", None])
+def test_kill_switch_is_committed_where_it_was_read_and_audited_there(
+    server: RedisServer, artifact: Path, tmp_path: Path, value: bytes | None
+) -> None:
+    """A key of another type is not a clear "off": it stops as well."""
+    limits = RiskLimits(max_leverage=1.0, kill_switch="quantum:kill")
+    config = config_of(server, artifact, risk_limits=limits)
+    entries = feed(11)
+    third = len(entries) // 3
+
+    async def main() -> None:
+        with redis.Redis.from_url(server.url) as client:
+            client.delete("quantum:kill")
+            async with recording(config, tmp_path), working(config) as worker:
+                await until(snapshot_taken(tmp_path))
+                append(server, entries[:third])
+                await folded(worker, third)
+                client.set("quantum:kill", value) if value else client.rpush("quantum:kill", "x")
+                await until(lambda: worker.pipeline.killed)
+                append(server, entries[third : 2 * third])
+                await folded(worker, 2 * third)
+                client.delete("quantum:kill")
+                await until(lambda: not worker.pipeline.killed)
+                append(server, entries[2 * third :])
+                await folded(worker, len(entries))
+
+    asyncio.run(main())
+    assert audit(tmp_path).ok
+    with redis.Redis.from_url(server.url) as client:
+        rows = [decode_comparison(f[b"payload"]) for _, f in client.xrange(KEYS.comparisons)]
+    kills = [row for row in rows if isinstance(row, LedgerRow) and row.reason == "kill"]
+    assert [row.entry_ids for row in kills] == [("1|on",), ("2|off",)]
+    assert [sum(sum(c.values()) for c in row.counts.values()) for row in kills] == [
+        third,
+        2 * third,
+    ]
 
 
 def test_a_recording_is_backtested_and_explains_its_advisory_decisions(
