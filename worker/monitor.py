@@ -200,7 +200,7 @@ class Monitor:
             for stream, count in zip(ours, (RECENT, 1), strict=True):
                 pipe.xrevrange(stream, count=count)
                 pipe.xrange(stream, count=1)
-            pipe.get(keys.own + "verdict")
+            pipe.get(keys.verdict)
             (
                 (seconds, micros),
                 (at_ms, body),
