@@ -147,7 +147,8 @@ def json_type(annotation: str) -> str:
         return json_type(" | ".join(p for p in parts if p != "None")) + " or null"
     if annotation.startswith("tuple["):
         return "array of " + json_type(annotation[6:-1].removesuffix(", ...")) + "s"
-    return "object" if annotation.startswith("dict[") else JSON_TYPES[annotation]
+    struct = hasattr(records, annotation)
+    return "object" if struct or annotation.startswith("dict[") else JSON_TYPES[annotation]
 
 
 def described(record: type[msgspec.Struct]) -> dict[str, tuple[str, str]]:
