@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from shadow.inference import LEVEL, Estimate, bootstrap_means, interval
 
@@ -156,7 +156,7 @@ def drift(
     index = psi(a, b)
     dof = int((a + b > 0.0).sum()) - 1
     spread = tau_before / a.sum() + tau_after / b.sum()
-    p = float(stats.chi2.sf(index / spread, dof)) if dof > 0 else 1.0
+    p = float(special.chdtrc(dof, index / spread)) if dof > 0 else 1.0
     return Drift(index, p, js_divergence(a, b))
 
 
@@ -241,7 +241,7 @@ def calibration_intervals(
     hits = rng.binomial(masses, frequency)
     again = _debiased(masses.astype(np.float64), score, hits / np.maximum(masses, 1))
     found = {"ece": interval(float(_debiased(mass, score, frequency)), again, level=level)}
-    z = float(stats.norm.isf((1.0 - level) / 2.0))
+    z = float(-special.ndtri((1.0 - level) / 2.0))
     for name, values in (("rate", y), ("brier", (s - y) ** 2)):
         value, half = float(values.mean()), z * float(values.std()) / len(s) ** 0.5
         found[name] = Estimate(value, max(0.0, value - half), min(1.0, value + half))
@@ -336,7 +336,7 @@ def asymmetry(
         return 1.0
     statistic = _pearson(missing, n, rate)
     if min(rate, 1.0 - rate) * n.min() >= FEW or tau != 1.0:
-        return float(stats.chi2.sf(statistic / tau, len(n) - 1))
+        return float(special.chdtrc(len(n) - 1, statistic / tau))
     random = rng.multivariate_hypergeometric(
         n.astype(np.int64), int(missing.sum()), size=PERMUTATIONS
     )

@@ -37,6 +37,7 @@ FEW_BATCHES = 8
 FEW_SAMPLES = 50
 """Fewer orders say nothing about calibration."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95)
+_HOUR_US = 3_600_000_000
 _LONG, _SHORT, _HOLD, _REDUCE, _EXIT = range(5)
 
 
@@ -734,20 +735,32 @@ def _steps_before(
 
 
 def _v2_before(db: duckdb.DuckDBPyConnection, bars: Bars, begins: Sequence[int]) -> dict[int, str]:
-    """Return the newest v2 decision that moved the arm, at most a day before each bar's end."""
-    return _look_up(
-        db,
-        [
-            (number, int(bars.ts_us[bar]), bars.symbols[bars.symbol[bar]])
-            for number, bar in enumerate(begins)
-        ],
-        """
-        SELECT wanted.number, max_by(decision_id, (event_ts_us, decision_id)) FROM wanted
-        JOIN scoped_v2_decisions AS v2 ON v2.symbol = wanted.symbol
-            AND v2.event_ts_us BETWEEN wanted.ts_us - 86400000000 AND wanted.ts_us
-        WHERE v2.moves_arm GROUP BY 1
-        """,
-    )
+    """Return the newest v2 decision that moved the arm, at most a day before each bar's end.
+
+    Most are found within two hours; whole hours are what DuckDB filters quickly by.
+    """
+    wanted = [
+        (number, int(bars.ts_us[bar]), bars.symbols[bars.symbol[bar]])
+        for number, bar in enumerate(begins)
+    ]
+    found: dict[int, str] = {}
+    for back in (1, 24):
+        left = [item for item in wanted if item[0] not in found]
+        hours = {ts_us // _HOUR_US - n for _, ts_us, _ in left for n in range(back + 1)}
+        found |= _look_up(
+            db,
+            left,
+            f"""
+            SELECT wanted.number, max_by(decision_id, (event_ts_us, decision_id)) FROM (
+                SELECT * FROM scoped_v2_decisions
+                WHERE event_ts_us // {_HOUR_US} IN ({", ".join(map(str, sorted(hours)))})
+            ) AS v2
+            JOIN wanted ON v2.symbol = wanted.symbol
+                AND v2.event_ts_us BETWEEN wanted.ts_us - {back * _HOUR_US} AND wanted.ts_us
+            WHERE v2.moves_arm GROUP BY 1
+            """,
+        )
+    return found
 
 
 def _look_up(

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from rlv3.features import MARKET
+from shadow.agreement import asymmetry
 from shadow.bars import ORDER, Bars, Traded
 from shadow.batches import Ints
 from shadow.pipeline import OUTCOMES
@@ -250,10 +251,8 @@ def _alike(groups: Sequence[tuple[int, int]]) -> float | None:
     least = min(n for n, _ in groups) * min(alone, total - alone) / total
     if least < 5.0:
         return None
-    from scipy.stats import chi2_contingency
-
-    table = [[n - missing, missing] for n, missing in groups]
-    return float(chi2_contingency(table, correction=False).pvalue)
+    missing, totals = [missing for _, missing in groups], [n for n, _ in groups]
+    return asymmetry(missing, totals, rng=np.random.default_rng(0))
 
 
 def _coverage(bars: Bars, step_us: int) -> Coverage:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import fft, stats
+from scipy import fft, special
 
 from rlv3.metrics import (
     block_length,
@@ -110,8 +110,8 @@ def _t_test(estimate: float, se: float, dof: float, level: float) -> TTest:
         statistic = math.copysign(math.inf, estimate) if estimate else 0.0
         return TTest(estimate, se, statistic, dof, float(estimate == 0.0), estimate, estimate)
     statistic = estimate / se
-    half = float(stats.t.isf((1.0 - level) / 2.0, dof)) * se
-    p = float(2.0 * stats.t.sf(abs(statistic), dof))
+    half = float(-special.stdtrit(dof, (1.0 - level) / 2.0)) * se
+    p = float(2.0 * special.stdtr(dof, -abs(statistic)))
     return TTest(estimate, se, statistic, dof, p, estimate - half, estimate + half)
 
 
