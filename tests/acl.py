@@ -20,13 +20,17 @@ from worker.embedded import RedisServer
 ENABLED = bool(os.environ.get("RLV3_TEST_ACL"))
 FILE = Path(__file__).resolve().parents[1] / "deploy" / "redis" / "users.acl"
 PREFIXES = ("quantum", "t")
-ROLES = {"test_collector": "rlv3-collector"}
-"""Test module -> role of the programs that it starts; the worker's where it is not named."""
+WORKER = ("rlv3-worker",)
+ROLES = {
+    "test_collector": ("rlv3-collector",),
+    "test_dlq": ("rlv3-worker", "rlv3-operator"),  # both at once, from one process
+}
+"""Test module -> roles of the programs that it starts; the worker's where it is not named."""
 ADMIN = "administrator"
 PASSWORD = "of-the-tests"
 
 _servers: list[RedisServer] = []
-_role = "rlv3-worker"
+_roles = WORKER
 
 
 def users(text: str, prefixes: tuple[str, ...] = ("quantum",)) -> dict[str, list[str]]:
@@ -52,8 +56,8 @@ def shipped() -> dict[str, list[str]]:
 
 def choose(module: str) -> None:
     """Give the programs that a test module starts their role, on every server that runs."""
-    global _role
-    _role = ROLES.get(module, "rlv3-worker")
+    global _roles
+    _roles = ROLES.get(module, WORKER)
     for server in _servers:
         if server.process is not None:
             with redis.Redis.from_url(server.url) as client:
@@ -61,7 +65,9 @@ def choose(module: str) -> None:
 
 
 def _default() -> list[str]:
-    return ["reset", *shipped()[_role], "on", "nopass"]
+    rules = [rule for role in _roles for rule in shipped()[role]]
+    return ["reset", *(rule for rule in rules if rule[0] != "("),
+            *(rule for rule in rules if rule[0] == "("), "on", "nopass"]  # fmt: skip
 
 
 def install() -> None:
