@@ -12,12 +12,12 @@ from rlv3.errors import ConfigError
 from shadow.records import LedgerRow
 from worker import logs
 from worker.config import WorkerConfig, load_config
-from worker.keys import INPUTS, OPTIONAL_INPUTS
+from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY
 
 
 def test_defaults_are_the_dataclass() -> None:
     assert load_config({}, {}) == WorkerConfig()
-    assert WorkerConfig().inputs == INPUTS
+    assert WorkerConfig().inputs == (*INPUTS, REPLAY)
     assert (WorkerConfig().max_event_age, WorkerConfig().conflate_after) == (120.0, 1000.0)
 
 
@@ -72,11 +72,11 @@ def test_lists_switches_and_off() -> None:
         },
         {"RLV3_LATENCY_MS": "0", "LOGLEVEL": "warn"},
     )
-    assert config.inputs == (*INPUTS, "ai.decision.made", "trade.intent")  # in rank order
+    assert config.inputs == (*INPUTS, "ai.decision.made", "trade.intent", REPLAY)  # in rank order
     assert config.tick_sources == {"market-publisher", "other"}
     assert (config.max_event_age, config.conflate_after) == (None, 250.0)
     assert (config.allow_untrained, config.latency_ms, config.log_level) == (True, 0, "WARNING")
-    assert load_config({"inputs": "all"}, {}).inputs == INPUTS + OPTIONAL_INPUTS
+    assert load_config({"inputs": "all"}, {}).inputs == (*INPUTS, *OPTIONAL_INPUTS, REPLAY)
 
 
 def test_live_mode_of_production_is_not_read() -> None:
