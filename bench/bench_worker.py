@@ -497,10 +497,12 @@ def audit(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
         took = time.perf_counter() - began
-    print(done.stdout.strip() or done.stderr.strip())
+    if done.returncode:
+        raise SystemExit(f"expected the audit to pass, found exit {done.returncode}: {done.stderr}")
+    print(done.stdout.strip())
     print(
         f"audit      {n / took:,.0f} events/s, start of the program included: "
-        f"{n / took / 500:.0f} times 500 events/s; exit {done.returncode}"
+        f"{n / took / 500:.0f} times 500 events/s"
     )
 
 
