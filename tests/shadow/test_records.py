@@ -51,6 +51,10 @@ KINDS = {
     LedgerRow: "ledger",
     RunRow: "run",
 }
+ARM = ArmBar(
+    exposure=0.1, gross=1e-4, turnover=0.1, fee=4e-5, slippage=1e-5, gross_late=9e-5,
+    equity=10_000.5, ruined=False,
+)  # fmt: skip
 SAMPLES = {
     "str": "x",
     "int": 7,
@@ -61,14 +65,10 @@ SAMPLES = {
     "dict[str, int]": {"present": 18},
     "dict[str, float]": {"price": 96_000.5},
     "dict[str, str]": {"seed": "1"},
-    "dict[str, ArmBar]": {
-        "v3": ArmBar(
-            exposure=0.1, gross=1e-4, turnover=0.1, fee=4e-5, slippage=1e-5,
-            gross_late=9e-5, equity=10_000.5, ruined=False,
-        )
-    },
+    "ArmBar": ARM,
+    "dict[str, ArmBar]": {"v3": ARM},
     "dict[str, dict[str, int]]": {"market.tick": {"decided": 3}},
-}  # fmt: skip
+}
 
 
 def sample(kind: type[msgspec.Struct], *, absent: bool = False) -> msgspec.Struct:
