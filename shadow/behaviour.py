@@ -9,7 +9,7 @@ intervals come from resampling whole batches, never single decisions, and bound 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import msgspec
@@ -37,7 +37,6 @@ FEW_BATCHES = 8
 FEW_SAMPLES = 50
 """Fewer orders say nothing about calibration."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95)
-_HOUR_US = 3_600_000_000
 _LONG, _SHORT, _HOLD, _REDUCE, _EXIT = range(5)
 
 
@@ -737,35 +736,39 @@ def _steps_before(
 def _v2_before(db: duckdb.DuckDBPyConnection, bars: Bars, begins: Sequence[int]) -> dict[int, str]:
     """Return the newest v2 decision that moved the arm, at most a day before each bar's end.
 
-    Most are found within two hours; whole hours are what DuckDB filters quickly by.
+    First its time, then its id: ids are most of what a store holds, so only few are read.
     """
-    wanted = [
-        (number, int(bars.ts_us[bar]), bars.symbols[bars.symbol[bar]])
-        for number, bar in enumerate(begins)
-    ]
-    found: dict[int, str] = {}
-    for back in (1, 24):
-        left = [item for item in wanted if item[0] not in found]
-        hours = {ts_us // _HOUR_US - n for _, ts_us, _ in left for n in range(back + 1)}
-        found |= _look_up(
-            db,
-            left,
-            f"""
-            SELECT wanted.number, max_by(decision_id, (event_ts_us, decision_id)) FROM (
-                SELECT * FROM scoped_v2_decisions
-                WHERE event_ts_us // {_HOUR_US} IN ({", ".join(map(str, sorted(hours)))})
-            ) AS v2
-            JOIN wanted ON v2.symbol = wanted.symbol
-                AND v2.event_ts_us BETWEEN wanted.ts_us - {back * _HOUR_US} AND wanted.ts_us
-            WHERE v2.moves_arm GROUP BY 1
-            """,
-        )
-    return found
+    newest = _look_up(
+        db,
+        [
+            (number, int(bars.ts_us[bar]), bars.symbols[bars.symbol[bar]])
+            for number, bar in enumerate(begins)
+        ],
+        """
+        SELECT wanted.number, max(event_ts_us) FROM wanted
+        JOIN scoped_v2_decisions AS v2 ON v2.symbol = wanted.symbol
+            AND v2.event_ts_us BETWEEN wanted.ts_us - 86400000000 AND wanted.ts_us
+        WHERE v2.moves_arm GROUP BY 1
+        """,
+    )
+    times = ", ".join(map(str, sorted(set(newest.values())))) or "NULL"
+    return _look_up(
+        db,
+        [
+            (number, ts_us, bars.symbols[bars.symbol[begins[number]]])
+            for number, ts_us in newest.items()
+        ],
+        f"""
+        SELECT wanted.number, max(decision_id) FROM scoped_v2_decisions AS v2
+        JOIN wanted ON v2.event_ts_us = wanted.ts_us AND v2.symbol = wanted.symbol
+        WHERE v2.moves_arm AND event_ts_us IN ({times}) GROUP BY 1
+        """,
+    )
 
 
 def _look_up(
     db: duckdb.DuckDBPyConnection, wanted: Sequence[tuple[int, int, str]], query: str
-) -> dict[int, str]:
+) -> dict[int, Any]:
     if not wanted:
         return {}
     values = ", ".join(f"({number}, {ts_us}, ?)" for number, ts_us, _ in wanted)

@@ -146,7 +146,7 @@ def examine(
         *_ledger_checks(db, counts),
         _step_check(db),
         _v2_check(db),
-        _hole_check(db, step_us),
+        _hole_check(db, bars, step_us),
         _equity_check(bars, traded),
         _incident_check(db),
         _collector_check(db, collected),
@@ -364,18 +364,13 @@ def _v2_check(db: duckdb.DuckDBPyConnection) -> Check:
     )
 
 
-def _hole_check(db: duckdb.DuckDBPyConnection, step_us: int) -> Check:
-    holes = count(
-        db,
-        """
-        SELECT count(*) FROM (
-            SELECT event_ts_us - lag(event_ts_us + ? * (1 + empty_after))
-                OVER (PARTITION BY run_id, symbol ORDER BY event_ts_us) AS hole
-            FROM report_bars
-        ) WHERE hole <> 0
-        """,
-        step_us,
-    )
+def _hole_check(db: duckdb.DuckDBPyConnection, bars: Bars, step_us: int) -> Check:
+    empty = db.execute("SELECT empty_after FROM report_bars").fetchnumpy()["empty_after"]
+    due = bars.ts_us + step_us * (1 + np.asarray(empty, np.int64)[bars.arrived])
+    order = bars.by_symbol[np.argsort(bars.run[bars.by_symbol], kind="stable")]
+    before, after = order[:-1], order[1:]
+    follow = (bars.symbol[before] == bars.symbol[after]) & (bars.run[before] == bars.run[after])
+    holes = int((follow & (bars.ts_us[after] != due[before])).sum())
     found = "none missing" if holes == 0 else f"bars are missing in {holes:,} places"
     return Check("bars follow each other without a hole", holes == 0, found)
 

@@ -679,14 +679,13 @@ def _overview(db: duckdb.DuckDBPyConnection) -> _Overview:
     versions: dict[str, tuple[int, ...]] = {}
     known: set[str] = set()
     for name in TABLES:
-        found = db.execute(
-            f"SELECT run_id, schema_version, count(*) FROM {name} GROUP BY 1, 2"
-        ).fetchall()
-        rows[name] = sum(n for _, _, n in found)
+        found = db.execute(f"SELECT run_id, count(*) FROM {name} GROUP BY 1").fetchall()
+        rows[name] = sum(n for _, n in found)
         if found:
-            versions[name] = tuple(sorted({version for _, version, _ in found}))
+            distinct = f"SELECT DISTINCT schema_version FROM {name} ORDER BY 1"
+            versions[name] = tuple(version for (version,) in db.execute(distinct).fetchall())
         if name in _BEGINNINGS:
-            known |= {run_id for run_id, _, _ in found}
+            known |= {run_id for run_id, _ in found}
     if not any(rows.values()):
         raise DataError(
             "expected a store with decisions or comparisons of `rlv3-worker collect`, "
