@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -56,15 +57,15 @@ class Server:
         self, path: str, method: str = "GET", body: Any = None, **headers: str
     ) -> tuple[int, bytes, dict[str, str]]:
         """Return status, body and headers of an answer."""
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         if body is not None and not isinstance(body, bytes | str):
             body = json.dumps(body)
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
-        link.request(method, path, body, {"content-type": "application/json", **sent})
-        answer = link.getresponse()
-        found = answer.status, answer.read(), {k.lower(): v for k, v in answer.getheaders()}
-        link.close()
-        return found
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        with contextlib.closing(link):  # a first report may take long on a busy machine
+            link.request(method, path, body, {"content-type": "application/json", **sent})
+            answer = link.getresponse()
+            headers = {name.lower(): value for name, value in answer.getheaders()}
+            return answer.status, answer.read(), headers
 
     def json(self, path: str, **more: Any) -> Any:
         """Return the decoded body of an answer."""
