@@ -7,7 +7,7 @@ equal bits for equal inputs. Money is in account currency.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -35,18 +35,24 @@ class Scope(NamedTuple):
 
     def install(self, db: duckdb.DuckDBPyConnection) -> None:
         """Make a view `scoped_<table>` of every table that has rows per symbol and time."""
-        terms = [f"run_id IN ({_texts(self.runs)})"]
+        times = ["true"]
+        if self.since_us is not None:
+            times.append(f"event_ts_us > {self.since_us}")
+        if self.until_us is not None:
+            times.append(f"event_ts_us <= {self.until_us}")
+        terms = [*times, f"run_id IN ({_texts(self.runs)})"]
         if self.symbols is not None:
             terms.append(f"symbol IN ({_texts(self.symbols)})")
-        if self.since_us is not None:
-            terms.append(f"event_ts_us > {self.since_us}")
-        if self.until_us is not None:
-            terms.append(f"event_ts_us <= {self.until_us}")
         for table in _SCOPED:
             db.execute(
                 f"CREATE OR REPLACE TEMP VIEW scoped_{table} AS "
                 f"SELECT * FROM {table} WHERE {' AND '.join(terms)}"
             )
+        # a filter keeps the order of the stream; of an `IN` DuckDB makes a join, which keeps none
+        db.execute(
+            "CREATE OR REPLACE TEMP VIEW bars_in_order AS "
+            f"SELECT * FROM bars WHERE {' AND '.join(times)}"
+        )
 
 
 def _texts(values: Sequence[str]) -> str:
@@ -66,9 +72,11 @@ class Bars(NamedTuple):
     open: Floats
     close: Floats
     arrived: Ints
-    """Rank in the order of the stream, in which `report_bars` has its rows."""
+    """Place in the order of the stream, in which `bars_in_order` has its rows."""
     run: Ints
     """Number of the bar's run among those of the scope."""
+    empty_after: Ints
+    """Bars without a tick that follow, which have no row."""
     symbols: tuple[str, ...]
     regimes: tuple[str, ...]
     grid: Ints
@@ -96,14 +104,14 @@ class Bars(NamedTuple):
     def load(cls, db: duckdb.DuckDBPyConnection) -> Bars:
         """Read the bars of the scope that was installed; `report_bars` is a view of their rows.
 
-        Columns are read in the order in which they are stored, which is that of the stream, and
-        put in order here: DuckDB would sort all of them again for every arm.
+        Columns are read in the order in which they are stored, which is that of the stream; what
+        is in the scope is chosen, and put in order, here: DuckDB would sort all of them again for
+        every arm.
         """
         db.execute(
             """
             CREATE OR REPLACE TEMP VIEW report_bars AS
-            SELECT * REPLACE (coalesce(regime, 'unknown') AS regime), flat_equity AS capital
-            FROM scoped_bars
+            SELECT * REPLACE (coalesce(regime, 'unknown') AS regime) FROM scoped_bars
             """
         )
         symbols, symbol_code = _names(db, "symbol")
@@ -111,9 +119,9 @@ class Bars(NamedTuple):
         _, run_code = _names(db, "run_id")
         data = db.execute(
             f"""
-            SELECT event_ts_us, {symbol_code} AS symbol, {regime_code} AS regime, warm, capital,
-                   open, close, {run_code} AS run
-            FROM report_bars
+            SELECT event_ts_us, {symbol_code} AS symbol, {regime_code} AS regime, warm,
+                   flat_equity AS capital, open, close, {run_code} AS run, empty_after
+            FROM bars_in_order
             """
         ).fetchnumpy()
         gap, restarted, empty, owed = db.execute(
@@ -123,10 +131,11 @@ class Bars(NamedTuple):
             FROM report_bars
             """
         ).fetchall()[0]
-        ts_us = np.asarray(data.pop("event_ts_us"), np.int64)
-        symbol = np.asarray(data.pop("symbol"), np.int64)
-        order = np.lexsort((symbol, ts_us))  # stable: a bar stored twice stays in stream order
-        ts_us, symbol = ts_us[order], symbol[order]
+        inside = np.flatnonzero(~_unknown(data["symbol"]) & ~_unknown(data["run"]))
+        ts_us = np.asarray(data.pop("event_ts_us"), np.int64)[inside]
+        symbol = np.asarray(data.pop("symbol"), np.int64)[inside]
+        sort = np.lexsort((symbol, ts_us))  # stable: a bar stored twice stays in stream order
+        order, ts_us, symbol = inside[sort], ts_us[sort], symbol[sort]
         starts = np.flatnonzero(np.diff(ts_us, prepend=-1))
         cell = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(ts_us)))
         capital = np.asarray(data.pop("capital"), np.float64)[order]
@@ -143,6 +152,7 @@ class Bars(NamedTuple):
             close=np.asarray(data.pop("close"), np.float64)[order],
             arrived=order,
             run=np.asarray(data.pop("run"), np.int64)[order],
+            empty_after=np.asarray(data.pop("empty_after"), np.int64)[order],
             symbols=symbols,
             regimes=regimes,
             grid=ts_us[starts],
@@ -210,7 +220,9 @@ class Traded(NamedTuple):
         if arm == "flat":
             return cls._flat(bars)
         columns = ", ".join(f"{arm}_{item} AS {item}" for item in _ARM_COLUMNS)
-        data = db.execute(f"SELECT {columns} FROM report_bars").fetchnumpy()
+        data = db.execute(f"SELECT event_ts_us, {columns} FROM bars_in_order").fetchnumpy()
+        if not np.array_equal(np.asarray(data.pop("event_ts_us"))[bars.arrived], bars.ts_us):
+            raise RuntimeError("expected the bars in the order of the stream, found another")
         value = {
             name: np.asarray(data.pop(name), np.float64)[bars.arrived] for name in _ARM_COLUMNS
         }
@@ -261,9 +273,15 @@ def _names(db: duckdb.DuckDBPyConnection, column: str) -> tuple[tuple[str, ...],
     rows = db.execute(f"SELECT DISTINCT {column} FROM report_bars ORDER BY 1").fetchall()
     names = tuple(name for (name,) in rows)
     if not names:
-        return names, "0"
+        return names, "NULL::UTINYINT"
     db.execute(f"CREATE OR REPLACE TEMP TYPE report_{column} AS ENUM ({_texts(names)})")
-    return names, f"enum_code({column}::report_{column})"
+    value = f"coalesce({column}, 'unknown')" if column == "regime" else column
+    return names, f"enum_code(TRY_CAST({value} AS report_{column}))"
+
+
+def _unknown(codes: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return where a row has none of the names."""
+    return np.ma.getmaskarray(np.ma.asarray(codes))
 
 
 def _entries(side: Ints, bars: Bars) -> NDArray[np.bool_]:

@@ -1,14 +1,15 @@
 """A store to look at: thirty simulated days of five symbols, RL v2's reference beside RL v3.
 
 The market is simulated from fixed seeds, everything after it is the product: the worker's own fold
-decides and compares, and the store is one that a collector could have left. The same call gives the
-same rows.
+decides and compares, and the store is one that a collector could have left. The comparison is
+registered before there are data, as it must be. The same call gives the same rows.
 
     python -m shadow.demo_store [--out DIR] [--days N]
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -64,10 +65,8 @@ def make(store: Path, days: int = DAYS, seed: int = 0) -> Summary:
     """Write the store.
 
     Raises:
-        ConfigError: the directory exists.
+        DataError: there is one already.
     """
-    if store.exists():
-        raise ConfigError(f"expected --out to have no store yet, found {store}")
     return backtest(shipped_policy(), market(days, seed), store_dir=store)
 
 
@@ -81,16 +80,27 @@ def command(
     ),
     days: Annotated[int, typer.Option(min=1, help="How many days.")] = DAYS,
 ) -> None:
-    """Make the demo store and its report."""
+    """Register the comparison, make the data, report on them; the verdict is no exit code here."""
     from shadow import cli
 
-    done = make(out / "store", days)
+    store = out / "store"
+    if store.exists():
+        raise ConfigError(f"expected --out to have no store yet, found {store}")
+    cli.register(
+        store,
+        policy=shipped_policy(),
+        latency_ms=0,
+        symbols=",".join(SYMBOLS),
+        start=START.isoformat(),
+    )
+    done = make(store, days)
     console.err.print(
         f"{done.bars:,} bars, {done.decisions:,} decisions, {done.pairs:,} pairs in "
         f"{done.seconds:.0f} s, {done.speed:,.0f} times as fast as they would have come",
         highlight=False,
     )
-    cli.report(out / "store", out)
+    with suppress(typer.Exit):
+        cli.report(store, out)
 
 
 if __name__ == "__main__":

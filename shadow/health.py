@@ -146,7 +146,7 @@ def examine(
         *_ledger_checks(db, counts),
         _step_check(db),
         _v2_check(db),
-        _hole_check(db, bars, step_us),
+        _hole_check(bars, step_us),
         _equity_check(bars, traded),
         _incident_check(db),
         _collector_check(db, collected),
@@ -364,9 +364,8 @@ def _v2_check(db: duckdb.DuckDBPyConnection) -> Check:
     )
 
 
-def _hole_check(db: duckdb.DuckDBPyConnection, bars: Bars, step_us: int) -> Check:
-    empty = db.execute("SELECT empty_after FROM report_bars").fetchnumpy()["empty_after"]
-    due = bars.ts_us + step_us * (1 + np.asarray(empty, np.int64)[bars.arrived])
+def _hole_check(bars: Bars, step_us: int) -> Check:
+    due = bars.ts_us + step_us * (1 + bars.empty_after)
     order = bars.by_symbol[np.argsort(bars.run[bars.by_symbol], kind="stable")]
     before, after = order[:-1], order[1:]
     follow = (bars.symbol[before] == bars.symbol[after]) & (bars.run[before] == bars.run[after])

@@ -255,12 +255,20 @@ def test_same_rows_give_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_rows_are_read_in_stream_order_from_many_segments_and_threads(tmp_path: Path) -> None:
-    rows = [run_row(), *cycle(400)]
-    with StoreReader(write_store(tmp_path / "s", rows, flush_every=7)).connect() as db:
+    books = [Book(f"S{number}") for number in range(9)]
+    rows: list[Comparison | Decision] = [run_row()]
+    for minute in range(1, 301):
+        rows += [book.bar(minute, {"turnover": minute * 1e-3}, {}) for book in books]
+    names = tuple(book.symbol for book in books)
+    store = write_store(tmp_path / "store", rows, flush_every=50)
+    with StoreReader(store).connect() as db:
         db.execute("SET threads = 4")
-        Scope(("run-1",)).install(db)
-        bars = Bars.load(db)
-        v3 = Traded.load(db, bars, "v3")
-    assert (np.diff(bars.ts_us) == MINUTE).all()
-    assert (np.diff(bars.arrived) == 1).all()
-    assert v3.paid.turnover[2] == 0.1 * 10_000.0
+        for scope in (Scope(("run-1",)), Scope(("run-1", "other"), names, T0, T0 + 300 * MINUTE)):
+            scope.install(db)
+            for _ in range(5):  # what is not in order is so only now and then
+                bars = Bars.load(db)
+                v3 = Traded.load(db, bars, "v3")
+                assert (np.diff(bars.arrived) == 1).all()
+                assert (bars.ts_us == T0 + np.repeat(np.arange(1, 301), 9) * MINUTE).all()
+                expected = np.repeat(np.arange(1, 301), 9) * 1e-3 * 10_000.0
+                np.testing.assert_allclose(v3.paid.turnover, expected, rtol=1e-12)
