@@ -102,9 +102,9 @@ class Browser:
             time.sleep(0.1)
         return found
 
-    def screenshot(self, path: Path) -> None:
-        """Keep a picture of the whole page."""
-        height = self.value("document.documentElement.scrollHeight")
+    def screenshot(self, path: Path, height: int | None = None) -> None:
+        """Keep a picture of the whole page, or of that many pixels from its top."""
+        height = height or self.value("document.documentElement.scrollHeight")
         width = self.value("document.documentElement.clientWidth")
         found = self.call(
             "Page.captureScreenshot", captureBeyondViewport=True,
