@@ -428,7 +428,7 @@ class Worker:
                 ahead=ahead,
                 crashed=crashed,
             )
-        except Exception:
+        except Exception:  # whatever it was: named once with its entry, then raised again
             self.log.exception(
                 "FOLD_FAILED",
                 msg="a bug: the state in memory is not to be trusted any more, so the worker "
