@@ -40,7 +40,7 @@ class Stream(msgspec.Struct, frozen=True):
     read: int
     outcomes: dict[str, int]
     lost: int | None
-    """Trimmed before they were read; null where the server cannot tell."""
+    """Trimmed before they were read; null where that is not counted, as on Redis 6.2."""
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -113,9 +113,19 @@ class Health(msgspec.Struct, frozen=True):
 
     @property
     def lost(self) -> int | None:
-        """Entries trimmed before they were read; None where the server cannot tell."""
+        """Entries trimmed before they were read, as far as counted; None where none are."""
         known = [stream.lost for stream in self.streams if stream.lost is not None]
         return sum(known) if known else None
+
+    @property
+    def lost_text(self) -> str:
+        """Say how many entries were lost, and where that is not known."""
+        lost = self.lost
+        if lost is None:
+            return "not counted"
+        if all(stream.lost is not None for stream in self.streams):
+            return f"{lost:,}"
+        return f"≥ {lost:,}" if lost else "not counted everywhere"
 
 
 def count(db: duckdb.DuckDBPyConnection, query: str, *values: object) -> int:
@@ -395,7 +405,7 @@ def _incident_check(db: duckdb.DuckDBPyConnection) -> Check:
     found = db.execute(
         """
         SELECT reason, count(*) FROM ledger
-        WHERE reason NOT IN ('minute', 'stop', 'conflated', 'swap')
+        WHERE reason NOT IN ('minute', 'stop', 'conflated', 'counting', 'swap')
         GROUP BY 1 ORDER BY 1
         """
     ).fetchall()

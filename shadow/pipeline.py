@@ -183,7 +183,8 @@ class Pipeline:
         self.actions = {kind: [0] * len(ACTION_TABLE) for kind in ("step", "advisory")}
         """Kind -> decisions per action, since this object was made."""
         self.lost: dict[str, int | None] = {}
-        """Event type -> entries lost since the first start; None where some are not counted."""
+        """Event type -> entries lost since the first start; None where some are not counted. What
+        is absent is not counted, or not yet."""
         self.marks = (0, 0, 0)
         """How often entries were lost, prices were lost, and runs were ended. A symbol that comes
         up again applies what happened meanwhile, so that none of it writes all states at once."""
@@ -350,6 +351,19 @@ class Pipeline:
         """Return the last ledger row of an orderly stop."""
         self._ledger("stop", self._ledger_minute, ())
         return self._finish({}, 0)
+
+    def count_losses(self, event_types: Sequence[str]) -> None:
+        """Take into the next commit whose losses are counted from here on: no loss is then 0.
+
+        Call it at every start: what is known already changes nothing.
+        """
+        begun = [name for name in event_types if name not in self.lost]
+        if not begun:
+            return
+        self.lost.update(dict.fromkeys(begun, 0))
+        self._own_dirty = True
+        if self.run_id:  # else the first run begins with it
+            self._ledger("counting", self._ledger_minute, tuple(f"{name}|on" for name in begun))
 
     def lose(
         self, event_type: str, entries: int | None, *, stream: str, after: str, upto: str
@@ -1045,7 +1059,7 @@ class Pipeline:
         for (event_type, outcome), n in sorted(self.counts.items()):
             counts.setdefault(event_type, {})[outcome] = n
         for event_type, lost in self.lost.items():
-            if lost is not None:
+            if lost or (lost is not None and event_type in counts):
                 counts.setdefault(event_type, {})["lost"] = lost
         self._emit(
             LedgerRow(

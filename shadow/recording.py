@@ -47,7 +47,7 @@ RawEntry = Sequence[Any]
 _CHUNK = 32
 _CHUNK_BYTES = 1 << 20
 _BATCH = 64
-_MARKING = ("conflated", "lost", "order", "swap", "crash", "kill")
+_MARKING = ("conflated", "counting", "lost", "order", "swap", "crash", "kill")
 _NOTED = tuple(
     reason.encode() for reason in _MARKING
 )  # in the payload of every row that the fold needs
@@ -434,6 +434,9 @@ class Replay:
             elif mark.row.reason == "swap":
                 yield from self._fold_to(mark.folded)
                 yield self._swap(mark)
+            elif mark.row.reason == "counting":
+                yield from self._fold_to(mark.folded)
+                self._pipeline.count_losses([name for name, _ in mark.ids])
             elif mark.row.reason == "kill":
                 yield from self._fold_to(mark.folded)
                 ((_, word),) = mark.ids

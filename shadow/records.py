@@ -263,12 +263,14 @@ class LedgerRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="le
     """Empty: the ledger is about streams."""
     event_ts_us: int
     reason: str
-    """minute, stop, conflated, lost, order, crash, replay, kill, swap (another run begins) or
-    corrupt_state."""
+    """minute, stop, conflated, counting, lost, order, crash, replay, kill, swap (another run
+    begins) or corrupt_state."""
     counts: dict[str, dict[str, int]]
-    """stream name -> outcome -> entries; beside the outcomes, `lost` where that is counted."""
+    """stream name -> outcome -> entries; beside the outcomes, `lost` where that is counted: 0
+    then says that nothing was lost."""
     entry_ids: tuple[str, ...]
-    """As `stream|id`. conflated: what was left out. lost: last entry before the hole, and where
+    """As `stream|id`. conflated: what was left out. counting: `event type|on`, whose losses are
+    counted from here on. lost: last entry before the hole, and where
     reading went on. order: all entries of a commit, as they were folded. crash: what ended the
     process and was left out. replay: the dead letter's entry that was decided. kill: its
     number, and `on` or `off`: what the kill switch says from here on."""

@@ -140,10 +140,10 @@ def _data(report: Report) -> str:
     stage = {item.name: item for item in health.funnel}
     matched = stage["matched"]
     share = percent(matched.n / matched.of, 2) if matched.of else "–"
-    lost = "not counted" if health.lost is None else f"{health.lost:,}"
     failed = sum(item.decides and not item.ok for item in health.checks)
     return _cut(
-        f"Data {'ok' if not failed else f'{failed} checks FAILED'}: matched {share}, lost {lost}, "
+        f"Data {'ok' if not failed else f'{failed} checks FAILED'}: matched {share}, "
+        f"lost {health.lost_text}, "
         f"late {health.entries('late'):,}, dup {health.entries('duplicate'):,}, "
         f"dead {health.entries('dead_letter'):,}, gap bars {health.gap_bars:,}"
     )

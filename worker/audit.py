@@ -26,7 +26,9 @@ from worker.errors import CheckFailed
 
 _EXAMPLES = 5
 _PILE = 4_096
-_RECOMPUTED = ("minute", "conflated", "lost", "order", "swap", "crash", "replay", "kill")
+_RECOMPUTED = (
+    "minute", "conflated", "counting", "lost", "order", "swap", "crash", "replay", "kill",
+)  # fmt: skip
 """All reasons but stop."""
 
 

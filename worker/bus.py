@@ -122,7 +122,12 @@ class Server(NamedTuple):
     @property
     def tier(self) -> str:
         """ "7" where every guarantee holds, else "6.2"."""
-        return "7" if self.version >= (7,) else "6.2"
+        return "7" if self.counts else "6.2"
+
+    @property
+    def counts(self) -> bool:
+        """Whether a stream says how many entries were ever added to it."""
+        return self.version >= (7,)
 
 
 class _Script:
@@ -521,6 +526,16 @@ class Bus:
             "XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *self._at_source,
             *(self.cursors[stream] for stream in self._at_source),
         )  # fmt: skip
+
+    @property
+    def counted(self) -> list[str]:
+        """Event types of which the server counts what it was given, and so we what we lost."""
+        source, sink = self.servers[0], self.servers[-1]
+        return [
+            event_type
+            for event_type, stream in zip(self.inputs, self.streams, strict=True)
+            if (source if stream in self._at_source else sink).counts
+        ]
 
     def lost_total(self) -> dict[str, int]:
         """Return event type -> entries trimmed before we read them, since the first start."""

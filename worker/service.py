@@ -274,6 +274,7 @@ class Worker:
         self.pipeline = self._new_pipeline()
         self.pipeline.counts.update(start.counts)
         forget = self._restore(start)
+        self.pipeline.count_losses(self.bus.counted)
         try:
             await self.bus.store_artifact(self.policy.digest, self.policy.source)
             first = await self._first_commit(start)

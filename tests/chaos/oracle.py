@@ -113,6 +113,11 @@ class Ledger(NamedTuple):
 
 def _plain(row: Row) -> Row:
     row.pop("latency_ms", None)
+    if "counts" in row:  # the reference is not told whether the server counts
+        row["counts"] = {
+            name: {what: n for what, n in counts.items() if (what, n) != ("lost", 0)}
+            for name, counts in row["counts"].items()
+        }
     return row
 
 

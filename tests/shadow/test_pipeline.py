@@ -515,6 +515,37 @@ def test_an_unknown_loss_stays_unknown(policy: Policy, tables: QTables) -> None:
     assert counts == [{"market.tick": {"lost": 3}}, {}, {}]
 
 
+def test_no_loss_is_said_as_0_where_losses_are_counted(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    counted = {}
+    for limit in (1, 64):
+        pipeline = Pipeline(policy, tables, Settings(max_events=limit), INPUTS)
+        pipeline.count_losses(["market.tick", "rl_v2.decision"])
+        commits = [pipeline.begin({}), *fold(pipeline, a_minute_apart(bus_entry, 0, 3))]
+        counted[limit] = [row.counts for row in rows([*commits, pipeline.stop()], LedgerRow)]
+    assert counted[1] == counted[64]
+    # six ticks; what was never read is not in the ledger
+    assert counted[64][-1] == {"market.tick": {"decided": 6, "lost": 0}}
+
+
+def test_counting_that_begins_later_is_a_ledger_row_and_part_of_the_state(
+    policy: Policy, tables: QTables
+) -> None:
+    pipeline = Pipeline(policy, tables, Settings(), INPUTS)
+    commits = [pipeline.begin({})]
+    pipeline.lose("signal.generated", None, stream="s", after="1-0", upto="2-0")
+    pipeline.count_losses(["market.tick", "signal.generated"])
+    commits.append(pipeline.run([], now_ms=0.0))
+    begun = rows(commits[-1:], LedgerRow)[-1]
+    assert (begun.reason, begun.entry_ids) == ("counting", ("market.tick|on",))
+    again = Pipeline(policy, tables, Settings(), INPUTS)
+    again.restore(stored_by(commits))
+    assert again.lost == {"signal.generated": None, "market.tick": 0}
+    again.count_losses(["market.tick", "signal.generated"])
+    assert again.run([], now_ms=0.0).outputs == []
+
+
 def test_entries_out_of_order_are_named_in_the_commit_that_folds_them(
     policy: Policy, tables: QTables, bus_entry: MakeEntry
 ) -> None:

@@ -35,6 +35,7 @@ from shadow.records import LedgerRow, decode_comparison, decode_decision
 from shadow.risk import RiskLimits
 from shadow.segments import list_segments, read_position
 from shadow.store import StoreReader
+from shadow.symbol import pack, unpack
 from worker import logs
 from worker.artifact import load_policy
 from worker.audit import Audit, audit, show
@@ -266,6 +267,44 @@ def test_a_recording_may_begin_in_the_middle_and_outlive_the_worker(
     assert found.ok
     assert found.entries == len(entries) - third
     assert sum(load_snapshot(tmp_path).counts.values()) == third
+
+
+def test_a_state_of_before_losses_were_counted_is_continued_and_found_again(
+    redis_server: RedisServer, artifact: Path, tmp_path: Path, tier: str
+) -> None:
+    config = config_of(redis_server, artifact)
+    entries = feed(3, minutes=10)
+    half = len(entries) // 2
+
+    def counts() -> dict[str, dict[str, int]]:
+        with redis.Redis.from_url(redis_server.url) as client:
+            (_, fields), *_ = client.xrevrange(KEYS.comparisons, count=1)
+        row = decode_comparison(fields[b"payload"])
+        assert isinstance(row, LedgerRow)
+        assert row.reason == "stop"
+        return row.counts
+
+    async def main() -> None:
+        append(redis_server, entries[:half])
+        async with working(config) as worker:
+            await folded(worker, half)
+        assert {n.get("lost") for n in counts().values()} == {0 if tier == "7" else None}
+        with redis.Redis.from_url(redis_server.url) as client:
+            own = list(unpack(client.hget(KEYS.state(""), "own")))
+            own[5] = {}  # nothing was kept of streams that lost nothing
+            client.hset(KEYS.state(""), "own", pack(tuple(own)))
+        async with recording(config, tmp_path), working(config) as worker:
+            await until(snapshot_taken(tmp_path))
+            append(redis_server, entries[half:])
+            await folded(worker, len(entries))
+        assert {n.get("lost") for n in counts().values()} == {0 if tier == "7" else None}
+
+    asyncio.run(main())
+    assert (reasons_of(redis_server)["counting"] == 1) is (tier == "7")
+    found = audit(tmp_path)
+    assert found.examples == []
+    assert found.ok
+    assert found.entries >= len(entries) - half
 
 
 def test_decisions_left_out_under_load_are_left_out_again(
