@@ -55,6 +55,8 @@ DEAD_LETTER = {
         "dlq_source_stream": TEXT,
         "dlq_source_id": TEXT,
         "dlq_at": TEXT | {"format": "date-time"},
+        "trace_id": TEXT | {"description": "The entry's, verbatim; empty where none was read."},
+        "correlation_id": TEXT,
         "original_sha256": TEXT | {"pattern": "^[0-9a-f]{64}$"},
         "original_bytes": {"type": "integer", "minimum": 0},
         "truncated": {"type": "boolean"},

@@ -33,7 +33,7 @@ MEANINGS = {
     "bus_regime": "Last regime that production published; recorded, never used",
     "close": "Last price",
     "closed_side": "Side of the closed position: +1 long, -1 short",
-    "correlation_id": "Of the source envelope, verbatim",
+    "correlation_id": "As for trace_id, verbatim",
     "decision_id": "Id of the decision",
     "decision_kind": "meta_strategy, position_sizing or combined",
     "direction": "Side after mapping: +1, -1, or 0 below the threshold",

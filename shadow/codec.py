@@ -807,6 +807,12 @@ def replay_fields(original: Entry) -> dict[bytes, bytes]:
     return {**original.fields, **origin}
 
 
+def envelope_ids(entry: Entry) -> tuple[str, str]:
+    """Return trace and correlation id as an entry's envelope states them, without its body."""
+    ref = _envelope_ref(entry)
+    return ref.trace_id, ref.correlation_id
+
+
 def crashed(entry: Entry, deaths: int) -> Rejected:
     """Return the verdict on an entry with which in hand, alone, the process died."""
     return Rejected(
@@ -854,9 +860,10 @@ def envelope(
 def dead_letter(entry: Entry, rejected: Rejected, at_us: int) -> bytes:
     """Return the JSON payload of the dead letter about an entry that cannot be read.
 
-    `original` holds the fields as text, together at most 4 KiB of their bytes; `original_sha256` is
-    `fields_digest` of all of them. Where they are whole, but no UTF-8, `original_msgpack` holds
-    them as well: a map in msgpack, in base64.
+    `trace_id` and `correlation_id` are the entry's, as far as they could be read. `original` holds
+    the fields as text, together at most 4 KiB of their bytes; `original_sha256` is `fields_digest`
+    of all of them. Where they are whole, but no UTF-8, `original_msgpack` holds them as well: a map
+    in msgpack, in base64.
     """
     fields = entry.fields
     original: dict[str, str] = {}
@@ -872,6 +879,8 @@ def dead_letter(entry: Entry, rejected: Rejected, at_us: int) -> bytes:
         "dlq_source_stream": entry.stream,
         "dlq_source_id": entry.entry_id,
         "dlq_at": iso(at_us),
+        "trace_id": rejected.ref.trace_id,
+        "correlation_id": rejected.ref.correlation_id,
         "original_sha256": fields_digest(fields),
         "original_bytes": size,
         "truncated": size > DEAD_LETTER_BYTES,

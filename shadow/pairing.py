@@ -27,6 +27,7 @@ class Candidate(NamedTuple):
     stream: str
     entry_id: str
     trace_id: str | None
+    """The source's, verbatim: what joins nothing is sorted out on v2's side."""
     correlation_id: str | None
     ts_us: int
     event_type: str
@@ -51,6 +52,7 @@ class OpenV2(NamedTuple):
     stream: str | None
     entry_id: str | None
     trace_id: str | None
+    """None where it cannot join two events."""
     correlation_id: str | None
     direction: int | None
     exposure: float | None
@@ -60,6 +62,9 @@ class OpenV2(NamedTuple):
     bit: int
     judged: bool = False
     """It judged a signal."""
+    source_trace_id: str = ""
+    """Of its own entry, verbatim."""
+    source_correlation_id: str = ""
 
 
 class Match(NamedTuple):
@@ -78,6 +83,24 @@ class Unmatched(NamedTuple):
     ts_us: int
     reason: str
     opponent: str | None
+    trace_id: str = ""
+    correlation_id: str = ""
+
+    @classmethod
+    def v2(cls, alone: OpenV2, reason: str) -> Unmatched:
+        """Return a v2 decision that stayed alone."""
+        return cls(
+            "v2", alone.decision_id, alone.ts_us, reason, alone.opponent,
+            alone.source_trace_id, alone.source_correlation_id,
+        )  # fmt: skip
+
+    @classmethod
+    def v3(cls, alone: Candidate, reason: str) -> Unmatched:
+        """Return a v3 decision that stayed alone."""
+        return cls(
+            "v3", alone.decision_id, alone.ts_us, reason, None,
+            alone.trace_id or "", alone.correlation_id or "",
+        )  # fmt: skip
 
 
 def _taken(candidate: Candidate, v2: OpenV2) -> Candidate:
@@ -136,7 +159,7 @@ class Pairing:
             slot = self.n_main % RING
             old = self.main[slot]
             if old is not None and old.signal and not old.taken:
-                gone.append(Unmatched("v3", old.decision_id, old.ts_us, "evicted", None))
+                gone.append(Unmatched.v3(old, "evicted"))
             self.main[slot] = candidate
             self.dirty.add(_MAIN_CELLS[slot])
             self.n_main += 1
@@ -152,7 +175,7 @@ class Pairing:
     def offer(self, v2: OpenV2) -> Match | Unmatched | None:
         """Settle a v2 decision by rules 1 to 4, or keep it open until its window has passed."""
         if self._is_known(v2):
-            return Unmatched("v2", v2.decision_id, v2.ts_us, "duplicate", v2.opponent)
+            return Unmatched.v2(v2, "duplicate")
         best: tuple[int, int, int, str, int] | None = None
         for name, ring in (("m", self.main), ("a", self.advisory)):
             for slot, candidate in enumerate(ring):
@@ -218,7 +241,7 @@ class Pairing:
                 deadline = min(deadline, end)
                 continue
             reason = "opponent_off" if opponent_off else "missing_v2"
-            done.append(Unmatched("v3", candidate.decision_id, candidate.ts_us, reason, None))
+            done.append(Unmatched.v3(candidate, reason))
             # reported once, and no longer a candidate: it must not be paired as well
             self.main[slot] = candidate._replace(taken=REFERENCE | BUS)
             self.dirty.add(f"m{slot}")
@@ -242,7 +265,7 @@ class Pairing:
                 best = key
         if best is None:
             reason = "candidate_taken" if taken else "missing_v3"
-            return Unmatched("v2", v2.decision_id, v2.ts_us, reason, v2.opponent)
+            return Unmatched.v2(v2, reason)
         return Match(v2, self._take("m", best[2], v2), 5)
 
     def dump(self) -> tuple[Any, ...]:

@@ -562,7 +562,7 @@ class Pipeline:
         )
         bar: BarRow | None = None
         if closed is not None:
-            bar = self._bar_row(state, closed)
+            bar = self._bar_row(state, closed, tick.ref)
         half_spread = market.half_spread
         realised = state.v2.account.realised
         changed = state.v3.on_price(ts_us, price, half_spread)
@@ -640,6 +640,8 @@ class Pipeline:
                 v3_exposure=state.v3.account.exposure,
                 v2_exposure=state.v2.account.exposure,
                 policy_digest=self.policy.digest,
+                trace_id=outcome.ref.trace_id,
+                correlation_id=outcome.ref.correlation_id,
             )
         )
         return "consumed"
@@ -770,6 +772,8 @@ class Pipeline:
                 window_us=self._window_ai_us if slow else self._window_us,
                 bit=REFERENCE if local else BUS,
                 judged=v2.signal_direction is not None,
+                source_trace_id=v2.ref.trace_id,
+                source_correlation_id=v2.ref.correlation_id,
             )
         )
         if isinstance(found, Match):
@@ -949,9 +953,9 @@ class Pipeline:
             return
         matches, gone = state.pairing.add(
             Candidate(
-                chosen, ref.stream, ref.entry_id, codec.join_id(ref.trace_id),
-                codec.join_id(ref.correlation_id), job.ts_us, ref.event_type, job.kind, action,
-                probs[action], job.exposure, target, job.warm, job.signal,
+                chosen, ref.stream, ref.entry_id, ref.trace_id, ref.correlation_id, job.ts_us,
+                ref.event_type, job.kind, action, probs[action], job.exposure, target, job.warm,
+                job.signal,
             ),
             self._window_ai_us,
         )  # fmt: skip
@@ -962,7 +966,7 @@ class Pipeline:
 
     # -- records ---------------------------------------------------------------------------------
 
-    def _bar_row(self, state: SymbolState, closed: Any) -> BarRow:
+    def _bar_row(self, state: SymbolState, closed: Any, ref: EntryRef) -> BarRow:
         """Close the bar of every arm; the accounts are still marked at its last price."""
         market = state.market
         known = state.regime
@@ -998,6 +1002,8 @@ class Pipeline:
             missing_mask=market.closed_missing,
             policy_digest=self.policy.digest,
             guarded=None if state.guard is None else state.guard.arm.bar(),
+            trace_id=ref.trace_id,
+            correlation_id=ref.correlation_id,
         )
 
     def _opponent(self, state: SymbolState) -> str:
@@ -1036,6 +1042,10 @@ class Pipeline:
                 agree=None if exposure is None else _sign(exposure) == _sign(v3.target),
                 warm=v3.warm,
                 policy_digest=self.policy.digest,
+                trace_id=v2.source_trace_id,
+                correlation_id=v2.source_correlation_id,
+                v3_trace_id=v3.trace_id or "",
+                v3_correlation_id=v3.correlation_id or "",
             )
         )
 
@@ -1051,6 +1061,8 @@ class Pipeline:
                 reason=unmatched.reason,
                 opponent=unmatched.opponent,
                 policy_digest=self.policy.digest,
+                trace_id=unmatched.trace_id,
+                correlation_id=unmatched.correlation_id,
             )
         )
 
@@ -1144,8 +1156,10 @@ class Pipeline:
         self._changed.add(key)
 
     def _emit(self, row: Comparison) -> None:
-        trace = row.trace_id if isinstance(row, V2Row) else ""
-        self._add(Output("rl_v3.comparison", encode(row), trace or row.record_id, ""))
+        trace = correlation = ""
+        if not isinstance(row, LedgerRow | RunRow):  # these are about no single event
+            trace, correlation = row.trace_id, row.correlation_id
+        self._add(Output("rl_v3.comparison", encode(row), trace or row.record_id, correlation))
 
     def _add(self, output: Output) -> None:
         self._bytes += len(output.payload) + 250

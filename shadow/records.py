@@ -163,6 +163,13 @@ class PairRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="pair
     warm: bool
     policy_digest: str
     schema_version: int = SCHEMA_VERSION
+    trace_id: str = ""
+    """Of the source of v2's decision, verbatim."""
+    correlation_id: str = ""
+    v3_trace_id: str = ""
+    """Of the entry that v3 decided on, verbatim."""
+    v3_correlation_id: str = ""
+    """As for v3_trace_id."""
 
 
 class UnpairedRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="unpaired"):
@@ -180,6 +187,9 @@ class UnpairedRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="
     opponent: str | None
     policy_digest: str
     schema_version: int = SCHEMA_VERSION
+    trace_id: str = ""
+    """Of the source of the decision that stayed alone, verbatim."""
+    correlation_id: str = ""
 
 
 class ArmBar(msgspec.Struct, frozen=True, gc=False):
@@ -233,6 +243,9 @@ class BarRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="bar")
     schema_version: int = SCHEMA_VERSION
     guarded: ArmBar | None = None
     """v3 as it would have traded under the risk limits; null without limits."""
+    trace_id: str = ""
+    """Of the tick that closed the bar, verbatim."""
+    correlation_id: str = ""
 
 
 class OutcomeRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="outcome"):
@@ -252,6 +265,9 @@ class OutcomeRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="o
     v2_exposure: float
     policy_digest: str
     schema_version: int = SCHEMA_VERSION
+    trace_id: str = ""
+    """Of the close, verbatim."""
+    correlation_id: str = ""
 
 
 class LedgerRow(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="ledger"):

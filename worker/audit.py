@@ -26,6 +26,9 @@ from worker.errors import CheckFailed
 
 _EXAMPLES = 5
 _PILE = 4_096
+_SOURCE_IDS = ("trace_id", "correlation_id", "v3_trace_id", "v3_correlation_id")
+_TRACED_LATER = ("pair", "unpaired", "bar", "outcome")
+"""Kinds whose rows did not always name the ids of their source."""
 _RECOMPUTED = (
     "minute", "conflated", "counting", "lost", "order", "swap", "crash", "replay", "kill",
 )  # fmt: skip
@@ -227,7 +230,7 @@ class _Comparing:
         other = others.pop(key, None)
         if other is None:
             own[key] = content
-        elif other == content:
+        elif other == content or _same_but_ids(key[0], other, content):
             self.equal[key[0]] += 1
         else:
             self.different[key[0]] += 1
@@ -272,6 +275,17 @@ def _comparable(record: Decision | Comparison) -> tuple[tuple[str, str], bytes]:
         return ("decision", record.decision_id), encode(plain)
     kind = str(type(record).__struct_config__.tag)
     return ("v2" if kind == "decision" else kind, record.record_id), encode(record)
+
+
+def _same_but_ids(kind: str, one: bytes, other: bytes) -> bool:
+    """Return True when only one of the two has ids of its source: earlier versions kept none."""
+    if kind not in _TRACED_LATER:
+        return False
+    left, right = json.loads(one), json.loads(other)
+    return all(
+        value == right[name] or (name in _SOURCE_IDS and "" in (value, right[name]))
+        for name, value in left.items()
+    )
 
 
 def _first_difference(one: bytes, other: bytes) -> str:

@@ -7,6 +7,7 @@ A terminal gets a readable form instead.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import MutableMapping
 from datetime import UTC, datetime
@@ -14,12 +15,15 @@ from typing import Any, TextIO
 
 import structlog
 
-from shadow.records import BarRow, Comparison, OutcomeRow, PairRow, UnpairedRow
+from shadow.records import BarRow, Comparison, OutcomeRow, Output, PairRow, UnpairedRow
 
 SERVICE = "rl_v3_shadow"
 _TOP = (
     "symbol", "side", "qty", "price", "confidence", "latency_ms", "pnl", "order_id", "exception",
 )  # fmt: skip
+
+DEAD_LETTER_LINE_S = 60.0
+"""At most one line of dead letters a stream in this time: no broken publisher fills a disk."""
 
 Log = structlog.typing.FilteringBoundLogger
 
@@ -72,6 +76,7 @@ def log_comparison(log: Log, row: Comparison) -> None:
                 "COMPARISON_PAIRED",
                 msg=f"v2 and v3 paired by rule {row.rule}",
                 symbol=row.symbol,
+                **_source(row),
                 v2=row.v2_decision_id,
                 v3=row.v3_decision_id,
                 action=row.v3_action_name,
@@ -83,6 +88,7 @@ def log_comparison(log: Log, row: Comparison) -> None:
                 "COMPARISON_UNPAIRED",
                 msg=f"{row.side} decision without a counterpart: {row.reason}",
                 symbol=row.symbol,
+                **_source(row),
                 decision=row.decision_id,
             )
         case OutcomeRow():
@@ -90,6 +96,7 @@ def log_comparison(log: Log, row: Comparison) -> None:
                 "COMPARISON_OUTCOME",
                 msg="a position closed in production",
                 symbol=row.symbol,
+                **_source(row),
                 pnl=row.pnl_usd,
                 v2_exposure=row.v2_exposure,
                 v3_exposure=row.v3_exposure,
@@ -99,8 +106,46 @@ def log_comparison(log: Log, row: Comparison) -> None:
                 "COMPARISON_BAR",
                 msg="bar closed",
                 symbol=row.symbol,
+                **_source(row),
                 price=row.close,
                 equity={name: arm.equity for name, arm in row.arms.items()},
             )
         case _:
             return
+
+
+def _source(row: PairRow | UnpairedRow | OutcomeRow | BarRow) -> dict[str, str]:
+    """Return the ids under which other services log the event that a row is about."""
+    return {"correlation_id": row.correlation_id, "trace_id": row.trace_id}
+
+
+class DeadLetterLines:
+    """Writes which entries became dead letters: a line a minute and stream, with the newest."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._said_at: dict[str, float] = {}
+        self._since: dict[str, int] = {}
+
+    def note(self, output: Output, now_s: float) -> None:
+        """Take in a dead letter that was committed.
+
+        Args:
+            now_s: a clock that never goes back.
+        """
+        stream = output.event_type
+        unsaid = self._since[stream] = self._since.get(stream, 0) + 1
+        if now_s - self._said_at.get(stream, -DEAD_LETTER_LINE_S) < DEAD_LETTER_LINE_S:
+            return
+        self._said_at[stream], self._since[stream] = now_s, 0
+        letter = json.loads(output.payload)
+        self._log.warning(
+            "ENTRY_DEAD_LETTERED",
+            msg=letter["dlq_error"],
+            correlation_id=output.correlation_id,
+            trace_id=output.trace_id,
+            stream=letter["dlq_source_stream"],
+            entry_id=letter["dlq_source_id"],
+            reason=letter["dlq_reason"],
+            letters=unsaid,
+        )

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 from rlv3.errors import PolicyError
 from rlv3.policy import Policy
+from shadow.codec import envelope_ids
 from shadow.pipeline import Pipeline, Settings
 from shadow.records import Commit, Entry, decode_comparison, encode, encode_msgpack
 from shadow.rl_v2 import QTables
@@ -38,7 +39,7 @@ from worker.bus import Batch, Bus, BusError, Start, StateLost
 from worker.config import WorkerConfig
 from worker.errors import CheckFailed, Fenced, RedisUnavailable
 from worker.keys import Keys
-from worker.logs import Log, log_comparison
+from worker.logs import DeadLetterLines, Log, log_comparison
 from worker.meter import Meter, rss_bytes
 from worker.permission import harm
 from worker.progress import Progress, Watchdog
@@ -61,7 +62,7 @@ AWAY_LINE_S = 60.0
 LATENCY_SAMPLES = 4_096
 LATENCY_EVERY = 8
 """One in so many entries of a commit is a sample, its first always."""
-COMPARISONS = "rl_v3.comparison"
+DECISIONS, COMPARISONS = "rl_v3.decision", "rl_v3.comparison"
 TRIES = 2
 """An entry that was alone in hand so often when a worker died is not folded any more."""
 ALONE = 128
@@ -143,6 +144,7 @@ class Worker:
         self._alone = 0  # entries that are still folded one at a time
         self._suspect = ("", 0)
         self.meter = Meter(policy)
+        self._dead_letters = DeadLetterLines(log)
         self._ahead = 0
         self._dropped = 0
         self._latencies: deque[float] = deque(maxlen=LATENCY_SAMPLES)
@@ -430,11 +432,14 @@ class Worker:
                 crashed=crashed,
             )
         except Exception:  # whatever it was: named once with its entry, then raised again
+            trace_id, correlation_id = envelope_ids(entries[0])
             self.log.exception(
                 "FOLD_FAILED",
                 msg="a bug: the state in memory is not to be trusted any more, so the worker "
                 "ends; after some restarts the entry becomes a dead letter",
                 first=f"{entries[0].stream}|{entries[0].entry_id}",
+                correlation_id=correlation_id,
+                trace_id=trace_id,
             )
             raise
 
@@ -452,9 +457,12 @@ class Worker:
         if await self._may_try(place):
             self._alone -= 1
             return 0
+        trace_id, correlation_id = envelope_ids(entry)
         self.log.error(
             "ENTRY_QUARANTINED",
             msg="workers died with this entry in hand: it becomes a dead letter",
+            correlation_id=correlation_id,
+            trace_id=trace_id,
             stream=entry.event_type,
             entry_id=entry.entry_id,
             deaths=TRIES + 1,
@@ -483,7 +491,11 @@ class Worker:
         self._outputs_since_trim += len(commit.outputs)
         self.meter.committed(waits_ms)
         for output in commit.outputs:
-            if output.event_type == COMPARISONS and output.payload.startswith(_NOTED_KINDS):
+            if output.event_type == DECISIONS:
+                continue
+            if output.event_type != COMPARISONS:
+                self._dead_letters.note(output, time.monotonic())
+            elif output.payload.startswith(_NOTED_KINDS):
                 row = decode_comparison(output.payload)
                 self.meter.compared(row)
                 log_comparison(self.log, row)

@@ -828,12 +828,13 @@ def test_envelope_and_decode_are_inverse() -> None:
 
 
 def test_dead_letter_tells_where_why_and_what() -> None:
-    bad = entry("market.tick", payload=b'{"price": NaN}')
+    bad = entry("market.tick", payload=b'{"price": NaN, "trace_id": "t-1"}')
     rejected = decode(bad)
     assert isinstance(rejected, Rejected)
     letter = json.loads(codec.dead_letter(bad, rejected, 1_771_364_400_000_001))
-    # every part after its length: 7 bytes of name, 14 bytes of value
-    whole = b"\0\0\0\0\0\0\0\x07payload\0\0\0\0\0\0\0\x0e" + b'{"price": NaN}'
+    # every part after its length: 7 bytes of name, 33 bytes of value
+    body = b'{"price": NaN, "trace_id": "t-1"}'
+    whole = b"\0\0\0\0\0\0\0\x07payload\0\0\0\0\0\0\0\x21" + body
     assert letter == {
         "dlq_reason": "missing_symbol",
         "dlq_error": "expected a symbol, found none",
@@ -841,9 +842,11 @@ def test_dead_letter_tells_where_why_and_what() -> None:
         "dlq_source_id": "1771364400000-0",
         "dlq_at": "2026-02-17T21:40:00.000001+00:00",
         "original_sha256": hashlib.sha256(whole).hexdigest(),
-        "original_bytes": 21,
+        "trace_id": "t-1",
+        "correlation_id": "",
+        "original_bytes": 40,
         "truncated": False,
-        "original": {"payload": '{"price": NaN}'},
+        "original": {"payload": body.decode()},
     }
 
 

@@ -15,6 +15,7 @@ from rlv3.events import Action
 from rlv3.policy import Policy
 from rlv3.portfolio import Costs
 from shadow import codec
+from shadow.pairing import BUS, OpenV2, Pairing
 from shadow.pipeline import Pipeline, Settings
 from shadow.records import (
     BarRow,
@@ -22,6 +23,7 @@ from shadow.records import (
     Decision,
     Entry,
     LedgerRow,
+    OutcomeRow,
     PairRow,
     UnpairedRow,
     V2Row,
@@ -420,6 +422,86 @@ def test_pairs_and_unpaired_account_for_every_v2_decision(
     still_open = [o.decision_id for s in pipeline.symbols.values() for o in s.pairing.open_v2]
     assert sorted([*paired, *alone, *still_open]) == sorted(v2)
     assert {row.rule for row in rows(commits, PairRow)} >= {1, 5}
+
+
+def test_ids_of_the_source_go_through_to_every_record(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    def at(event_type: str, ms: int, **body: object) -> Entry:
+        ids = {"trace_id": f"t-{ms}", "correlation_id": f"c-{ms}"}
+        return bus_entry(event_type, T0 + ms, {"symbol": "AAAUSDT"} | ids | body)
+
+    v2 = {
+        "schema_version": 1, "kind": "combined", "provenance": "q_table", "direction": "BUY",
+        "size_fraction": 0.1,
+    }  # fmt: skip
+    place = {"source_stream": "market.tick", "source_entry_id": f"{T0 + 1_000}-0"}
+    pipeline = Pipeline(policy, None, Settings(rl_v2="bus"), (*INPUTS, "trade.closed"))
+    commits = fold(
+        pipeline,
+        [
+            at("market.tick", 1_000, price=100.0),
+            at("rl_v2.decision", 1_500, decision_id="x", **v2, **place),
+            at("rl_v2.decision", 1_600, decision_id="y", event_ts=(T0 - 600_000) / 1e3, **v2),
+            at("signal.generated", 2_000, side="BUY", confidence=0.7),
+            at("market.tick", 2_100, price=-1.0),
+            at("trade.closed", 2_200, side="LONG", pnl_percent=1.0),
+            at("market.tick", 125_000, price=101.0),
+        ],
+    )
+    found = {
+        (output.event_type, body.get("kind"), output.trace_id, output.correlation_id)
+        for commit in commits
+        for output in commit.outputs
+        if (body := json.loads(output.payload)).get("kind") != "ledger"
+    }
+    assert found == {
+        ("rl_v3.decision", "advisory", "t-1000", "c-1000"),
+        ("rl_v3.comparison", "decision", "t-1500", "c-1500"),
+        ("rl_v3.comparison", "pair", "t-1500", "c-1500"),
+        ("rl_v3.comparison", "decision", "t-1600", "c-1600"),
+        ("rl_v3.decision", "advisory", "t-2000", "c-2000"),
+        ("dlq:market.tick", None, "t-2100", "c-2100"),
+        ("rl_v3.comparison", "outcome", "t-2200", "c-2200"),
+        ("rl_v3.comparison", "unpaired", "t-1600", "c-1600"),  # ten minutes too old for anything
+        ("rl_v3.comparison", "unpaired", "t-2000", "c-2000"),  # no v2 decision within 90 s
+        ("rl_v3.comparison", "bar", "t-125000", "c-125000"),
+        ("rl_v3.decision", "step", "t-125000", "c-125000"),
+    }
+    (pair,) = rows(commits, PairRow)
+    assert (pair.trace_id, pair.correlation_id) == ("t-1500", "c-1500")
+    assert (pair.v3_trace_id, pair.v3_correlation_id) == ("t-1000", "c-1000")
+    for kind in (UnpairedRow, BarRow, OutcomeRow):
+        for row in rows(commits, kind):
+            assert row.trace_id.replace("t", "c") == row.correlation_id
+
+
+def test_an_id_that_joins_nothing_is_named_all_the_same(
+    policy: Policy, bus_entry: MakeEntry
+) -> None:
+    ids = {"trace_id": "market-tick-1700000041", "correlation_id": "market-tick-1700000041"}
+    v2 = {
+        "schema_version": 1, "kind": "combined", "provenance": "q_table", "direction": "BUY",
+        "size_fraction": 0.1, "event_ts": (T0 + 1_000) / 1e3, "decision_id": "x",
+    }  # fmt: skip
+    commits = fold(
+        Pipeline(policy, None, Settings(rl_v2="bus"), INPUTS),
+        [
+            bus_entry("market.tick", T0 + 1_000, {"symbol": "AAAUSDT", "price": 100.0} | ids),
+            bus_entry("rl_v2.decision", T0 + 1_500, {"symbol": "AAAUSDT"} | v2 | ids),
+        ],
+    )
+    (pair,) = rows(commits, PairRow)
+    assert pair.rule == 4
+    assert pair.trace_id == pair.v3_trace_id == "market-tick-1700000041"
+
+
+def test_open_decisions_of_an_earlier_version_are_still_paired() -> None:
+    earlier = OpenV2("x", 5_000_000, "s", "1-1", None, None, 1, 0.1, "q_table", None, 30, BUS, True)
+    pairing = Pairing()
+    # its last two fields, the ids of its own entry, are new
+    pairing.load((0, 0, [list(earlier)[:-2]], 1 << 62), {})
+    assert pairing.open_v2 == [earlier]
 
 
 def test_unselected_sources_are_counted_and_not_folded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlv3.errors import ConfigError
-from shadow.records import LedgerRow
+from shadow.records import LedgerRow, Output
 from worker import logs
 from worker.config import WorkerConfig, load_config
 from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY
@@ -133,6 +134,28 @@ def test_log_lines_have_the_shape_of_production() -> None:
         '"symbol": "BTCUSDT", "extra": {"entries": 3}}'
     )
     assert len(stamp) == len("2026-01-01T00:00:00.000000")
+
+
+def test_dead_letters_are_logged_once_a_minute_and_stream() -> None:
+    out = StringIO()
+    lines = logs.DeadLetterLines(logs.configure("INFO", out))
+    for second, stream in ((0.0, "a"), (1.0, "a"), (2.0, "b"), (59.0, "a"), (60.0, "a")):
+        letter = {
+            "dlq_reason": "missing_symbol", "dlq_error": "expected a symbol, found none",
+            "dlq_source_stream": f"quantum:stream:{stream}", "dlq_source_id": f"{second:.0f}-0",
+        }  # fmt: skip
+        lines.note(Output(f"dlq:{stream}", json.dumps(letter).encode(), "t-1", "c-1"), second)
+    found = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [(line["event"], line["level"]) for line in found] == [
+        ("ENTRY_DEAD_LETTERED", "WARNING")
+    ] * 3
+    # the two at 1 s and 59 s are counted with the one at 60 s
+    assert [(line["extra"]["entry_id"], line["extra"]["letters"]) for line in found] == [
+        ("0-0", 1), ("2-0", 1), ("60-0", 3),
+    ]  # fmt: skip
+    assert {(line["correlation_id"], line["extra"]["trace_id"]) for line in found} == {
+        ("c-1", "t-1")
+    }
 
 
 def test_rows_that_compare_nothing_are_not_logged() -> None:

@@ -495,6 +495,42 @@ def test_a_record_that_nobody_computes_and_a_changed_value_are_found(
     assert caught.value.exit_code == 4
 
 
+def test_records_of_before_they_named_their_source_are_audited(
+    server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    config = config_of(server, artifact)
+
+    async def main() -> None:
+        async with recording(config, tmp_path), working(config) as worker:
+            await until(snapshot_taken(tmp_path))
+            entries = feed(6, minutes=3)
+            append(server, entries)
+            await folded(worker, len(entries))
+
+    asyncio.run(main())
+    whole = audit(tmp_path)
+    later = {"trace_id", "correlation_id", "v3_trace_id", "v3_correlation_id"}
+    cut = 0
+
+    def earlier(packed: bytes) -> bytes:
+        nonlocal cut
+        rows = msgpack.unpackb(packed, raw=True)
+        for _, fields in rows:
+            at = fields.index(b"payload") + 1
+            body = json.loads(fields[at])
+            if body["kind"] not in ("decision", "run", "ledger"):
+                kept = {name: value for name, value in body.items() if name not in later}
+                cut += any(body[name] for name in later & body.keys())
+                fields[at] = json.dumps(kept).encode()
+        return msgpack.packb(rows)
+
+    _change(tmp_path, "rl_v3.comparison", earlier, honest=True)
+    assert cut > 0
+    found = audit(tmp_path)
+    assert found.ok
+    assert found.equal == whole.equal
+
+
 def _change_first_decision(recorded: Path, old: bytes, new: bytes) -> None:
     """Forge the payload of the first recorded decision."""
 

@@ -546,6 +546,7 @@ def test_pairs_are_logged(redis_server, client, policy_file) -> None:
         "model": "lstm", "weight": 1.0, "size_multiplier": 1.0, "leverage": 5,
         "signal_side": "BUY", "signal_confidence": 0.7, "provenance": "q_table",
         "source_stream": SIGNALS, "source_entry_id": f"{START_MS}-0",
+        "trace_id": "t-1", "correlation_id": "c-1",
     }  # fmt: skip
     client.xadd(
         KEYS.stream("rl_v2.decision"), {"payload": json.dumps(body)}, id=f"{START_MS + 5}-0"
@@ -561,6 +562,7 @@ def test_pairs_are_logged(redis_server, client, policy_file) -> None:
     paired = [line for line in lines if line["event"] == "COMPARISON_PAIRED"]
     assert len(paired) == len(comparisons(client, "pair")) == 1
     assert (paired[0]["symbol"], paired[0]["extra"]["v2"]) == ("BTCUSDT", "v2-1")
+    assert (paired[0]["correlation_id"], paired[0]["extra"]["trace_id"]) == ("c-1", "t-1")
 
 
 def test_source_of_a_running_worker_sees_nothing_but_reads(
