@@ -183,6 +183,7 @@ class Maker:
             "bus_regime": "NULL", "opponent": "'q_table'",
             "opponent_digest": "repeat('cd', 32)", "step_decision_id": "step_id",
             "obs": f"list_resize([{obs}], 64, 0.0)", "missing_mask": "0",
+            "guarded": "NULL",
         })  # fmt: skip
         self._ledger(day, common)
         if day == 0:
@@ -226,7 +227,8 @@ class Maker:
             "source_event_type": "event", "source_stream": "'quantum:stream:' || event",
             "source_entry_id": "ms || '-0'", "source_trace_id": "'t-' || id",
             "source_correlation_id": "''", "run_id": f"'{RUN}'",
-            "latency_ms": f"1.0 - ln(1.0 - {random('id', '4')})",
+            "latency_ms": f"1.0 - ln(1.0 - {random('id', '4')})", "risk_allowed": "NULL",
+            "risk_reason": "NULL",
         })  # fmt: skip
 
     def _ledger(self, day: int, common: dict[str, str]) -> None:
