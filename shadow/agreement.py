@@ -28,8 +28,8 @@ Floats = NDArray[np.float64]
 
 def observed_agreement(confusion: ArrayLike) -> Floats:
     """Return the share of equal decisions; 1 where there are none."""
-    shares, total = _shares(confusion)
-    return np.where(total > 0.0, np.trace(shares, axis1=-2, axis2=-1), 1.0)
+    counts, n = _counts(confusion)
+    return np.divide(_equal(counts), n, out=np.ones_like(n), where=n > 0.0)
 
 
 def kappa(confusion: ArrayLike) -> Floats:
@@ -39,9 +39,9 @@ def kappa(confusion: ArrayLike) -> Floats:
 
     Source: Cohen, Educational and Psychological Measurement 20 (1960).
     """
-    shares, _ = _shares(confusion)
-    chance = (shares.sum(axis=-1) * shares.sum(axis=-2)).sum(axis=-1)
-    return _corrected(observed_agreement(confusion), chance)
+    counts, n = _counts(confusion)
+    chance = (counts.sum(axis=-1) * counts.sum(axis=-2)).sum(axis=-1)
+    return _corrected(n * _equal(counts), chance, n * n)
 
 
 def weighted_kappa(confusion: ArrayLike) -> Floats:
@@ -49,12 +49,13 @@ def weighted_kappa(confusion: ArrayLike) -> Floats:
 
     Source: Cohen, Psychological Bulletin 70 (1968).
     """
-    shares, total = _shares(confusion)
-    at = np.arange(shares.shape[-1])
-    weights = 1.0 - ((at[:, None] - at) / max(len(at) - 1, 1)) ** 2
-    chance = shares.sum(axis=-1)[..., :, None] * shares.sum(axis=-2)[..., None, :]
-    observed = np.where(total > 0.0, (weights * shares).sum(axis=(-2, -1)), 1.0)
-    return _corrected(observed, (weights * chance).sum(axis=(-2, -1)))
+    counts, n = _counts(confusion)
+    at = np.arange(counts.shape[-1])
+    full = max(len(at) - 1, 1) ** 2
+    weights = full - (at[:, None] - at) ** 2
+    chance = counts.sum(axis=-1)[..., :, None] * counts.sum(axis=-2)[..., None, :]
+    agreed = (weights * counts).sum(axis=(-2, -1))
+    return _corrected(n * agreed, (weights * chance).sum(axis=(-2, -1)), n * (full * n))
 
 
 def ac1(confusion: ArrayLike) -> Floats:
@@ -65,10 +66,11 @@ def ac1(confusion: ArrayLike) -> Floats:
 
     Source: Gwet, British Journal of Mathematical and Statistical Psychology 61 (2008).
     """
-    shares, _ = _shares(confusion)
-    pi = (shares.sum(axis=-1) + shares.sum(axis=-2)) / 2.0
-    chance = (pi * (1.0 - pi)).sum(axis=-1) / max(shares.shape[-1] - 1, 1)
-    return _corrected(observed_agreement(confusion), chance)
+    counts, n = _counts(confusion)
+    both = counts.sum(axis=-1) + counts.sum(axis=-2)
+    chance = (both * (2.0 * n[..., None] - both)).sum(axis=-1)
+    scale = 4.0 * max(counts.shape[-1] - 1, 1) * n
+    return _corrected(scale * _equal(counts), chance, scale * n)
 
 
 COEFFICIENTS: Mapping[str, Callable[[Floats], Floats]] = {
@@ -78,19 +80,24 @@ COEFFICIENTS: Mapping[str, Callable[[Floats], Floats]] = {
 }
 
 
-def _shares(confusion: ArrayLike) -> tuple[Floats, Floats]:
+def _counts(confusion: ArrayLike) -> tuple[Floats, Floats]:
+    """Return matrices and their sums, which stay whole numbers: equal is exactly equal then."""
     counts = np.asarray(confusion, dtype=np.float64)
     if counts.ndim < 2 or counts.shape[-1] != counts.shape[-2]:
         raise ValueError(f"expected square confusion matrices, found shape {counts.shape}")
-    total = counts.sum(axis=(-2, -1))
-    return counts / np.where(total > 0.0, total, 1.0)[..., None, None], total
+    return counts, counts.sum(axis=(-2, -1))
 
 
-def _corrected(observed: Floats, chance: Floats) -> Floats:
-    room = 1.0 - chance
-    full = room <= 1e-12
-    return np.where(full, np.where(observed >= 1.0 - 1e-12, 1.0, 0.0),
-                    (observed - chance) / np.where(full, 1.0, room))  # fmt: skip
+def _equal(counts: Floats) -> Floats:
+    return np.trace(counts, axis1=-2, axis2=-1)
+
+
+def _corrected(agreed: Floats, chance: Floats, most: Floats) -> Floats:
+    """Return (agreed - chance) / (most - chance); 1 or 0 where chance is all there can be."""
+    room = most - chance
+    full = room <= 1e-12 * most
+    return np.where(full, np.where(agreed >= most * (1.0 - 1e-12), 1.0, 0.0),
+                    (agreed - chance) / np.where(full, 1.0, room))  # fmt: skip
 
 
 def agreement(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from rlv3.errors import DataError
 from rlv3.market import Bars, simulate
 from rlv3.policy import Policy
 from shadow.backtest import SelfPlayError, backtest, check_equal, fold
+from shadow.behaviour import CLASSES, Interval
 from shadow.history import STREAMS, entries
 from shadow.pipeline import Pipeline, Settings
 from shadow.records import BarRow, Commit, Output, decode_comparison, encode
+from shadow.register import Terms, register, run_of
+from shadow.report import read_report
 from shadow.store import RECORDS, StoreReader
 
 
@@ -74,6 +78,31 @@ def test_v3_against_itself_comes_out_equal(
             assert connection.execute(query).fetchone() == (0.0,), name
     assert traded > 1.0
     assert opponents == ["v3"]
+
+
+def test_registered_self_play_is_kept_and_agrees_exactly(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    start = datetime(2026, 1, 5, tzinfo=UTC)
+    start_us = int(start.timestamp() * 1e6)
+    policy, symbols = make_policy(seed=2), ("AAAUSDT", "BBBUSDT")
+    series = [
+        simulate("regime_switching", 1_440, seed=i, symbol=symbol, start_us=start_us)
+        for i, symbol in enumerate(symbols)
+    ]
+    played = Settings(latency_ms=0, rl_v2="off", max_event_age_s=None, self_play=True)
+    terms = Terms(symbols=symbols, start_us=start_us, batch_bars=4, horizon=240)
+    register(tmp_path, terms, now=start, frozen=run_of(policy, played, None))
+    backtest(policy, series, store_dir=tmp_path, self_play=True)
+    report = read_report(tmp_path)
+    curve = report.curves.difference
+    assert {*curve.last, *curve.low, *curve.high} == {0.0}
+    assert report.effect.batches > 300
+    assert (report.effect.nonzero, report.effect.sequence.value) == (0, 0.0)
+    found, one = report.behaviour.confusion, Interval(1.0, 1.0, 1.0)
+    assert sum(n > 0 for n in (found.table[i][i] for i in range(len(CLASSES)))) >= 3
+    assert (found.raw, found.kappa, found.ac1, found.weighted_kappa) == (one, one, one, one)
+    assert (report.verdict.text, report.verdict.binding) == ("KEEP SHADOWING", "superiority")
 
 
 def test_a_self_play_that_differs_in_the_last_bit_is_refused(

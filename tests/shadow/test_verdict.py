@@ -17,6 +17,8 @@ from rlv3.errors import ConfigError, DataError, UserError
 from rlv3.events import ACTION_TABLE
 from rlv3.policy import shipped_policy
 from shadow import gates as gates_
+from shadow.behaviour import CLASSES, EXTREMES, Interval
+from shadow.effect import Range
 from shadow.gates import Gate, Measured, Result, check, read_gates
 from shadow.measures import Counted, measures
 from shadow.multiplicity import version_level
@@ -59,6 +61,13 @@ def run_row(**changes: object) -> RunRow:
     return msgspec.structs.replace(row, **changes)
 
 
+EXPOSURES = {
+    "v3": (0.1, 0.1, 0.05, 0.0, 0.0, -0.1, -0.05),
+    "v2": (0.1, 0.05, 0.05, 0.0, -0.1, -0.1, 0.0, 0.1),
+}
+"""By hour, again and again: every class of change and every pair of sides occurs."""
+
+
 def bars(edge: float = 0.0, *, noise: float = 1e-3, seed: int = 0, n: int = BARS) -> list[BarRow]:
     """Two symbols in hourly bars; v3 earns `edge` a bar more than v2, in noise that both share."""
     rng = np.random.default_rng(seed)
@@ -70,7 +79,11 @@ def bars(edge: float = 0.0, *, noise: float = 1e-3, seed: int = 0, n: int = BARS
             arms = {}
             for arm, gross in (("v3", common + own + edge), ("v2", common)):
                 equity[symbol, arm] += CAPITAL * (gross - 2e-5)
-                arms[arm] = ArmBar(0.1, gross, 0.02, 1e-5, 1e-5, gross, equity[symbol, arm], False)
+                held = EXPOSURES[arm][hour % len(EXPOSURES[arm])]
+                exposure = held * CAPITAL / equity[symbol, arm]  # the quantity is what is held
+                arms[arm] = ArmBar(
+                    exposure, gross, 0.02, 1e-5, 1e-5, gross, equity[symbol, arm], False
+                )
             rows.append(
                 BarRow(
                     record_id=f"bar {symbol} {hour}", run_id="run-1", symbol=symbol,
@@ -111,6 +124,12 @@ def swapped(row: BarRow) -> BarRow:
     """The same bar with the roles of v3 and v2 exchanged."""
     arms = {**row.arms, "v3": row.arms["v2"], "v2": row.arms["v3"]}
     return msgspec.structs.replace(row, arms=arms)
+
+
+def holding_on(row: BarRow) -> BarRow:
+    """The same bar with both policies long, as ever."""
+    arms = {arm: msgspec.structs.replace(row.arms[arm], exposure=0.1) for arm in ("v3", "v2")}
+    return msgspec.structs.replace(row, arms={**row.arms, **arms})
 
 
 def records(rows: Sequence[BarRow], run: RunRow | None = None) -> list[Comparison]:
@@ -164,25 +183,99 @@ def test_clear_edge_with_every_gate_passed_is_promoted(better: Report) -> None:
     assert (better.effect.batches, better.effect.days) == (239, pytest.approx(239 / 6))
 
 
-def test_swapped_roles_mirror_every_statistic_and_the_finding(
-    better: Report, worse: Report
-) -> None:
+def mirrors(one: Range | Interval, other: Range | Interval) -> bool:
+    """Tell whether two intervals are each other's negatives, bit for bit."""
+    ends = (one.value, one.low, one.high)
+    negated = (other.value, other.high, other.low)
+    return ends == tuple(None if end is None else -end for end in negated)
+
+
+def test_swapped_roles_mirror_the_effect_and_the_finding(better: Report, worse: Report) -> None:
     one, other = better.effect, worse.effect
     for name in ("sequence", "one_look", "groups", "strict"):
-        first, second = getattr(one, name), getattr(other, name)
-        assert (first.value, first.low, first.high) == (-second.value, -second.high, -second.low)
-    for name in ("nonzero", "e_value", "p_value", "lag_one", "sd", "detectable", "days_to_decide"):
-        assert getattr(one, name) == getattr(other, name)
+        assert mirrors(getattr(one, name), getattr(other, name)), name
+    signed = {"sequence", "one_look", "groups", "strict", "history"}
+    for name in set(one.__struct_fields__) - signed:
+        assert getattr(one, name) == getattr(other, name), name
+    assert one.history.time_us == other.history.time_us
+    assert one.history.mean == tuple(-mean for mean in other.history.mean)
+    assert one.history.low == tuple(-high for high in other.history.high)
+    assert one.history.high == tuple(-low for low in other.history.low)
     assert (better.finding, worse.finding) == ("superior", "inferior")
     assert (worse.verdict.text, worse.verdict.exit_code) == ("REJECT", 20)
+
+
+def test_swapped_roles_mirror_arms_curves_and_metrics(better: Report, worse: Report) -> None:
+    v3, v2, *rivals = better.arms
+    assert (v3.name, v2.name) == ("v3", "v2")
+    renamed = [msgspec.structs.replace(arm, name=name) for arm, name in ((v2, "v3"), (v3, "v2"))]
+    assert list(worse.arms) == [*renamed, *rivals]
+    for name in ("equity", "drawdown"):
+        one, other = getattr(better.curves, name), getattr(worse.curves, name)
+        assert (one["v3"], one["v2"]) == (other["v2"], other["v3"])
+    drawn, negated = better.curves.difference, worse.curves.difference
+    for end, opposite in (("last", "last"), ("low", "high"), ("high", "low")):
+        assert getattr(drawn, end) == tuple(-x for x in getattr(negated, opposite))
     for row, mirrored in zip(better.metrics, worse.metrics, strict=True):
         assert (row.v3, row.v2) == (mirrored.v2, mirrored.v3)
-        assert row.difference.value == -mirrored.difference.value  # type: ignore[operator]
-        assert row.difference.low == -mirrored.difference.high  # type: ignore[operator]
+        assert mirrors(row.difference, mirrored.difference)
+
+
+def test_swapped_roles_mirror_slices_and_sensitivity(better: Report, worse: Report) -> None:
     for row, mirrored in zip(better.slices, worse.slices, strict=True):
-        assert row.effect.value == -mirrored.effect.value  # type: ignore[operator]
-        assert (row.p, row.log_e, row.snapshot) == (mirrored.p, mirrored.log_e, mirrored.snapshot)
-    assert better.sensitivity.grid.at_once[2].low == -worse.sensitivity.grid.at_once[2].high  # type: ignore[operator]
+        assert mirrors(row.effect, mirrored.effect)
+        unsigned = msgspec.structs.replace(row, effect=mirrored.effect)
+        assert unsigned == mirrored
+    one, other = better.sensitivity, worse.sensitivity
+    for name in ("at_once", "one_tick_later"):
+        cells = zip(getattr(one.grid, name), getattr(other.grid, name), strict=True)
+        assert all(mirrors(*pair) for pair in cells)
+    assert all(mirrors(a.effect, b.effect) for a, b in zip(one.without, other.without, strict=True))
+    variants = [
+        {item.name: item.effect for item in (*found.rivals, *found.variants)}
+        for found in (one, other)
+    ]
+    # scaling v3 to v2's risk is not the same as scaling v2 to v3's
+    for name in ("v3 − v2", "first half", "second half"):
+        assert mirrors(variants[0][name], variants[1][name]), name
+    assert variants[0]["v3 − flat"] == variants[1]["v2 − flat"]
+
+
+def test_swapped_roles_mirror_behaviour(better: Report, worse: Report) -> None:
+    one, other = better.behaviour, worse.behaviour
+    for name in ("table", "exposure_table"):
+        table, transposed = getattr(one.confusion, name), getattr(other.confusion, name)
+        assert table == tuple(zip(*transposed, strict=True))
+    for name in ("n", "batches", "raw", "kappa", "ac1", "weighted_kappa"):
+        assert getattr(one.confusion, name) == getattr(other.confusion, name), name
+    assert one.confusion.kappa.value is not None
+    assert 0.0 < one.confusion.kappa.value < 1.0
+    for name in ("cells", "sides"):
+        found = {(cell.v3, cell.v2): cell for cell in getattr(one, name)}
+        opposite = {(cell.v2, cell.v3): cell for cell in getattr(other, name)}
+        assert found.keys() == opposite.keys()
+        assert len(found) > 3
+        for key, cell in found.items():
+            assert (cell.bars, cell.total) == (opposite[key].bars, -opposite[key].total)
+            assert mirrors(cell.mean_bps, opposite[key].mean_bps), key
+    (_, mine, others), (_, theirs, ours) = one.drifts, other.drifts  # the first is of steps
+    for drift, mirrored in ((mine, ours), (others, theirs)):
+        assert msgspec.structs.replace(drift, what=mirrored.what) == mirrored
+    for name in ("holding", "exposure"):
+        v3, v2 = getattr(one, name)
+        assert getattr(other, name) == (
+            msgspec.structs.replace(v2, arm="v3"), msgspec.structs.replace(v3, arm="v2"),
+        )  # fmt: skip
+    assert len(one.worst) == len(one.best) == EXTREMES
+    for found, mirrored in ((one.worst, other.best), (one.best, other.worst)):
+        for item, opposite_item in zip(found, mirrored, strict=True):
+            assert item == msgspec.structs.replace(
+                opposite_item, v3=item.v3, v2=item.v2, difference=-opposite_item.difference
+            )
+            assert (item.v3, item.v2) == (opposite_item.v2, opposite_item.v3)
+    counts, turned = better.agreement, worse.agreement
+    assert counts.table == tuple(zip(*turned.table, strict=True))
+    assert msgspec.structs.replace(counts, table=turned.table) == turned
 
 
 def test_v3_against_itself_differs_nowhere_and_is_kept(tmp_path: Path) -> None:
@@ -191,10 +284,19 @@ def test_v3_against_itself_differs_nowhere_and_is_kept(tmp_path: Path) -> None:
         for row in bars(4e-4)
     ]
     report = concluded(tmp_path, rows, run=run_row(rl_v2="v3"))
-    assert set(report.curves.difference.last) == {0.0}
+    curve = report.curves.difference
+    assert {*curve.last, *curve.low, *curve.high} == {0.0}
     assert report.effect.nonzero == 0
     assert (report.effect.sequence.value, report.effect.sd) == (0.0, 0.0)
-    assert report.agreement.kappa in (1.0, None)
+    assert {row.difference for row in report.metrics} == {Range(0.0, 0.0, 0.0)}
+    assert {(row.nonzero, row.effect.value) for row in report.slices} == {(0, 0.0)}
+    one, behaviour = Interval(1.0, 1.0, 1.0), report.behaviour
+    found = behaviour.confusion
+    assert sum(n > 0 for n in np.diag(found.table)) == len(CLASSES)  # all five occur
+    assert (found.raw, found.kappa, found.ac1, found.weighted_kappa) == (one, one, one, one)
+    assert (behaviour.cells, behaviour.worst, behaviour.best) == ((), (), ())
+    assert {cell.total for cell in behaviour.sides} == {0.0}
+    assert (report.agreement.raw, report.agreement.kappa) == (1.0, 1.0)
     assert (report.verdict.text, report.verdict.exit_code) == ("KEEP SHADOWING", 0)
     assert (report.finding, report.verdict.binding) == ("undecided", "superiority")
 
@@ -351,7 +453,7 @@ def test_changed_registration_is_refused(tmp_path: Path) -> None:
 
 
 def test_start_in_data_that_can_be_seen_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, records(bars(n=48)))
+    write(tmp_path, records([holding_on(row) for row in bars(n=48)]))
     with pytest.raises(UserError, match="expected a start after the data"):
         registered(tmp_path)
     found = register(tmp_path, TERMS._replace(start_us=None, symbols=None), now=NOW)[0]
