@@ -15,7 +15,11 @@ def require(name: str, extra: str) -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    if find_spec(name) is None:
+    try:
+        found = find_spec(name) is not None
+    except ModuleNotFoundError:  # not even what it is a part of
+        found = False
+    if not found:
         raise ConfigError(
             f"expected {name} to be installed, found none: pip install 'rlv3-shadow[{extra}]'"
         )

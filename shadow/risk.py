@@ -20,6 +20,8 @@ from rlv3.portfolio import Costs
 from shadow.arms import Arm, Order
 
 DAY_US = 86_400_000_000
+REASONS = ("kill_switch", "daily_loss", "gross_exposure", "leverage")
+"""Why an entry is vetoed; the first that holds is given."""
 _CLEAR = frozenset({"", "0", "false", "no", "off", "none", "inactive"})
 
 

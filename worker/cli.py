@@ -98,6 +98,12 @@ def run(
         bool | None,
         typer.Option("--require-acl", help="Refuse a Redis user that could trade: exit 4."),
     ] = None,
+    otel: Annotated[
+        bool | None,
+        typer.Option(
+            "--otel", help="Send spans to OTEL_EXPORTER_OTLP_ENDPOINT. (default: where that is set)"
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with the same names. (env: RLV3_CONFIG)")
     ] = None,

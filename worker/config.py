@@ -76,6 +76,8 @@ class WorkerConfig:
     """Limits that decisions are annotated with; an account of their own obeys them."""
     require_acl: bool = False
     """Refuse to start as a Redis user that could write to the trading system."""
+    otel: bool = False
+    """Send spans to an OpenTelemetry collector; on where OpenTelemetry's own variables name one."""
     log_level: str = "INFO"
 
     @property
@@ -111,6 +113,7 @@ def load_config(
             if (found := layer.get(name)) is not None:
                 values[name] = parse(layer.label(name), found)
                 break
+    values.setdefault("otel", _has_collector(environ))
     values["log_level"] = _log_level(environ)
     return WorkerConfig(**values)
 
@@ -260,6 +263,16 @@ def _url(label: str, value: Any) -> str:
     return text
 
 
+def _has_collector(environ: Mapping[str, str]) -> bool:
+    """Return whether OpenTelemetry's own variables ask for spans."""
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    return any(
+        environ.get(name)
+        for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    )
+
+
 def _log_level(environ: Mapping[str, str]) -> str:
     for name in ("LOG_LEVEL", "LOGLEVEL"):
         if environ.get(name):
@@ -372,4 +385,5 @@ _SETTINGS: dict[str, Parser] = {
     "dlq_cap": _whole(1, 100_000_000),
     "risk_limits": lambda _, value: RiskLimits.load(Path(value)),
     "require_acl": _switch,
+    "otel": _switch,
 }

@@ -75,6 +75,10 @@ METRICS: dict[str, _Row] = {
     "symbols_warm": _Row("gauge", "Symbols with enough history."),
     "bars": _Row("counter", "Closed bars of all symbols."),
     "equity": _Row("gauge", "Equity of an arm over all symbols, account currency.", ("arm",)),
+    "vetoes": _Row(
+        "counter", "Decisions that the risk limits would not have allowed.", ("reason",)
+    ),
+    "kill_switch_engaged": _Row("gauge", "Whether the kill switch of the risk limits vetoes."),
     "capital": _Row("gauge", "Reference capital of all symbols, account currency."),
     "feature_missing_ratio": _Row(
         "gauge", "Share of the newest closed bars without the feature.", ("feature",)
@@ -86,6 +90,7 @@ METRICS: dict[str, _Row] = {
         "gauge", "Quantiles of a feature, live and in training.", ("feature", "data", "level")
     ),
     "resident_memory_bytes": _Row("gauge", "Memory of the worker."),
+    "spans_dropped": _Row("counter", "Spans that no OpenTelemetry collector took."),
     "rl_v2_silence_seconds": _Row(
         "gauge", "Time since the last decision of RL v2, or since the worker's start."
     ),
@@ -209,6 +214,9 @@ class _Page(Collector):
         put("bars", status.bars)
         for arm, equity in status.equity.items():
             put("equity", equity, arm)
+        for reason, n in status.vetoes.items():
+            put("vetoes", n, reason)
+        put("kill_switch_engaged", status.killed)
         put("capital", status.capital)
         for feature, share in status.missing.items():
             put("feature_missing_ratio", share, feature)
@@ -218,6 +226,7 @@ class _Page(Collector):
                 for level, value in zip(LEVELS, values, strict=True):
                     put("feature_quantile", value, feature, data, str(level))
         put("resident_memory_bytes", status.rss_bytes)
+        put("spans_dropped", status.spans_dropped)
 
     def _histograms(self, status: Status) -> None:
         family = self._families["step_duration_seconds"]

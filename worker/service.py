@@ -31,6 +31,7 @@ from rlv3.policy import Policy
 from shadow.codec import envelope_ids
 from shadow.pipeline import Pipeline, Settings
 from shadow.records import Commit, Entry, decode_comparison, encode, encode_msgpack
+from shadow.risk import REASONS
 from shadow.rl_v2 import QTables
 from shadow.symbol import StateError
 from worker.address import shown
@@ -43,6 +44,7 @@ from worker.logs import DeadLetterLines, Log, log_comparison
 from worker.meter import Meter, rss_bytes
 from worker.permission import harm
 from worker.progress import Progress, Watchdog
+from worker.spans import Applied, Interval, Spans, otlp, traced
 from worker.status import FORMAT, PUBLISH_S, PolicyInfo, Status
 from worker.status import encode as encode_status
 from worker.tail import AWAY, connected
@@ -98,6 +100,7 @@ async def run(config: WorkerConfig, log: Log) -> None:
         UserError: with the exit code of the design; one sentence.
     """
     tables = QTables.load(config.rl_v2_tables) if config.rl_v2 == "reference" else None
+    spans = Spans(otlp(), log) if config.otel else None
     bus = Bus(
         config.source_url,
         config.sink_url,
@@ -111,7 +114,7 @@ async def run(config: WorkerConfig, log: Log) -> None:
     )
     try:
         policy = await policy_at_start(config, bus, log)
-        worker = Worker(config, bus, policy, tables, log)
+        worker = Worker(config, bus, policy, tables, log, spans)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, worker.stop)
@@ -119,13 +122,21 @@ async def run(config: WorkerConfig, log: Log) -> None:
         await worker.run()
     finally:
         await bus.close()
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
 
 
 class Worker:
     """One process: its pipeline, its bus and its counters."""
 
     def __init__(
-        self, config: WorkerConfig, bus: Bus, policy: Policy, tables: QTables | None, log: Log
+        self,
+        config: WorkerConfig,
+        bus: Bus,
+        policy: Policy,
+        tables: QTables | None,
+        log: Log,
+        spans: Spans | None = None,
     ) -> None:
         self.config = config
         self.bus = bus
@@ -144,6 +155,8 @@ class Worker:
         self._alone = 0  # entries that are still folded one at a time
         self._suspect = ("", 0)
         self.meter = Meter(policy)
+        self.spans = spans
+        self._reading: Interval | None = None  # the last one, until a commit's span has it
         self._dead_letters = DeadLetterLines(log)
         self._ahead = 0
         self._dropped = 0
@@ -237,7 +250,9 @@ class Worker:
         while not self._stopping.is_set():
             if self._next is not None:
                 await self._swap(self._next)
+            begun = time.perf_counter()
             batch = await self._persist(self._read, "read")
+            self._reading = begun, time.perf_counter()
             self.progress.lag_ms = batch.lag_ms
             self._lose(batch)
             killed = batch.killed != self.pipeline.killed
@@ -407,10 +422,13 @@ class Worker:
                     crashed = await self._in_hand(entries[0])
                 begun = time.perf_counter()
                 commit = self._run(hand, ahead, crashed)
-                self.meter.took("fold", time.perf_counter() - begun)
+                folding = begun, time.perf_counter()
+                self.meter.took("fold", folding[1] - begun)
                 if under_way is not None:
                     await under_way
-                under_way = asyncio.create_task(self._apply(commit, entries[: commit.taken]))
+                under_way = asyncio.create_task(
+                    self._apply(commit, entries[: commit.taken], folding)
+                )
                 for _ in range(2):  # one round of the loop to write it, one to send it
                     await asyncio.sleep(0)
                 entries = entries[commit.taken :]
@@ -443,9 +461,19 @@ class Worker:
             )
             raise
 
-    async def _apply(self, commit: Commit, taken: list[Entry]) -> None:
+    async def _apply(self, commit: Commit, taken: list[Entry], folding: Interval) -> None:
+        begun = time.perf_counter()
         await self._persist(self._committing(commit))
+        if self.spans is not None:
+            self.spans.put(self._applied(commit, folding, (begun, time.perf_counter())))
         self._note(commit, taken)
+
+    def _applied(self, commit: Commit, folding: Interval, committing: Interval) -> Applied:
+        reading, self._reading = self._reading, None
+        return Applied(
+            reading, folding, committing, commit.taken, len(commit.outputs),
+            self.pipeline.run_id, self.bus.seq, traced(commit.outputs),
+        )  # fmt: skip
 
     async def _in_hand(self, entry: Entry) -> int:
         """Note the only entry in hand; returns how many workers it ended, or 0 to fold it.
@@ -650,6 +678,11 @@ class Worker:
                 drift=drift,
                 rss_bytes=rss_bytes(),
                 disagreements=meter.disagreements(),
+                killed=None if self.settings.risk is None else pipeline.killed,
+                vetoes={}
+                if self.settings.risk is None
+                else dict.fromkeys(REASONS, 0) | pipeline.vetoes,
+                spans_dropped=None if self.spans is None else self.spans.dropped,
             )
         )
 
@@ -686,6 +719,7 @@ class Worker:
             "lost_total": {name: _counted(n) for name, n in self.pipeline.lost.items()},
             "ahead_total": self._ahead,
             "dropped_total": self._dropped,
+            **({} if self.spans is None else {"spans_dropped_total": self.spans.dropped}),
             "commits": self.bus.seq,
             "rss_mb": None if rss is None else round(rss / 1e6, 1),
             **self.pipeline.snapshot(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-FORMAT = 1
+FORMAT = 2
 PUBLISH_S = 1.0
 STALE_S = 5.0
 """A status older than this, by Redis's clock, shows a worker that is gone or stands still."""
@@ -122,6 +122,12 @@ class Status(msgspec.Struct, frozen=True):
     rss_bytes: int | None
     disagreements: tuple[Disagreement, ...]
     """Newest first."""
+    killed: bool | None
+    """Whether the kill switch of the risk limits is engaged; null without limits."""
+    vetoes: dict[str, int]
+    """Reason -> decisions that the risk limits would not have allowed; empty without limits."""
+    spans_dropped: int | None
+    """Spans that no OpenTelemetry collector took; null where none are made."""
 
 
 encode = msgspec.json.Encoder().encode

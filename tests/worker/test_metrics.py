@@ -41,9 +41,11 @@ def status(**changes: Any) -> Status:
         "unpaired": {"v2:missing_v3": 12}, "v2_heard": {"q_table": 1.0},
         "latency": {step: Histogram(list(buckets), 61.5) for step in STEPS}, "symbols": 2,
         "warm": 1, "capital": 20_000.0, "bars": 13,
-        "equity": {"v3": 20_001.0, "v2": 19_999.0, "follow_signal": 1.0, "flat": 20_000.0},
+        "equity": {"v3": 20_001.0, "v2": 19_999.0, "follow_signal": 1.0, "flat": 20_000.0,
+                   "v3_guarded": 20_002.0},
         "missing": {"spread": 1.0}, "drift": {"rsi": drift}, "rss_bytes": 14,
-        "disagreements": (),
+        "disagreements": (), "killed": True, "spans_dropped": 16,
+        "vetoes": {"kill_switch": 3, "daily_loss": 0},
     }  # fmt: skip
     return Status(**{**values, **changes})
 
@@ -96,6 +98,10 @@ def test_values_are_those_of_the_status() -> None:
     assert found["pairs_total", ("sides", "disagree")] == 1
     assert found["unpaired_total", ("reason", "missing_v3"), ("side", "v2")] == 12
     assert found["equity", ("arm", "v2")] == 19_999.0
+    assert found["equity", ("arm", "v3_guarded")] == 20_002.0
+    assert found["vetoes_total", ("reason", "kill_switch")] == 3
+    assert found["kill_switch_engaged",] == 1
+    assert found["spans_dropped_total",] == 16
     assert found["feature_drift", ("feature", "rsi")] == 0.25
     quantile = ("data", "training"), ("feature", "rsi"), ("level", "0.95")
     assert found[("feature_quantile", *quantile)] == 0.2
@@ -137,6 +143,12 @@ def test_whoever_is_not_ready_says_why(changes: dict[str, Any], state: str, reas
     shown = samples(found)
     assert shown["ready",] == 0
     assert shown["state", ("state", state)] == 1
+
+
+def test_without_limits_and_spans_there_are_no_figures_of_them() -> None:
+    bare = status(killed=None, vetoes={}, spans_dropped=None, equity={"v3": 1.0})
+    names = {name for name, *_ in samples(view(status=bare))}
+    assert names & {"vetoes_total", "kill_switch_engaged", "spans_dropped_total"} == set()
 
 
 def test_a_page_without_worker_and_redis_is_still_a_page() -> None:
