@@ -39,6 +39,7 @@ from shadow.behaviour import Behaviour, behave
 from shadow.effect import Effect, Range, one_look
 from shadow.fidelity import Fidelity, Replayed, find_policy, read_replay
 from shadow.gates import Gate, Measured, Result, check, digest, read_gates
+from shadow.guarded import Guarded, guard
 from shadow.health import Health, count
 from shadow.measures import SEED, Counted, measures
 from shadow.performance import (
@@ -299,6 +300,8 @@ class Report(msgspec.Struct, frozen=True):
     discarded: Discarded
     curves: Curves
     arms: tuple[Arm, ...]
+    guarded: Guarded | None
+    """Where risk limits were in force."""
     metrics: tuple[Metric, ...]
     behaviour: Behaviour
     agreement: Agreement
@@ -436,6 +439,7 @@ def _summarise(db: duckdb.DuckDBPyConnection, inputs: Inputs, ask: Ask) -> Repor
         ),
         curves=_curves(bars, traded, frame.step_us),
         arms=tuple(_arm(bars, name, traded[name], batches) for name in ARMS),
+        guarded=guard(db, test.scope),
         metrics=metrics(batches),
         behaviour=behave(
             db, bars, traded, step_us=frame.step_us, batch_us=frame.batch_us, seed=SEED
