@@ -40,8 +40,13 @@ def kappa(confusion: ArrayLike) -> Floats:
     Source: Cohen, Educational and Psychological Measurement 20 (1960).
     """
     counts, n = _counts(confusion)
-    chance = (counts.sum(axis=-1) * counts.sum(axis=-2)).sum(axis=-1)
-    return _corrected(n * _equal(counts), chance, n * n)
+    return _corrected(n * _equal(counts), _chance(counts), n * n)
+
+
+def chance_agreement(confusion: ArrayLike) -> Floats:
+    """Return kappa's p_e; 1 exactly where both policies only ever took one and the same class."""
+    counts, n = _counts(confusion)
+    return np.divide(_chance(counts), n * n, out=np.ones_like(n), where=n > 0.0)
 
 
 def weighted_kappa(confusion: ArrayLike) -> Floats:
@@ -90,6 +95,10 @@ def _counts(confusion: ArrayLike) -> tuple[Floats, Floats]:
 
 def _equal(counts: Floats) -> Floats:
     return np.trace(counts, axis1=-2, axis2=-1)
+
+
+def _chance(counts: Floats) -> Floats:
+    return (counts.sum(axis=-1) * counts.sum(axis=-2)).sum(axis=-1)
 
 
 def _corrected(agreed: Floats, chance: Floats, most: Floats) -> Floats:

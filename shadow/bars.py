@@ -7,7 +7,7 @@ equal bits for equal inputs. Money is in account currency.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import duckdb
 import numpy as np
@@ -20,6 +20,9 @@ ORDER = (
 )
 """Sorts stream ids by time and sequence number; as text `9-10` would come before `9-2`."""
 _SCOPED = ("decisions", "v2_decisions", "pairs", "unpaired", "bars", "outcomes")
+
+
+_Scalar = TypeVar("_Scalar", np.int64, np.float64)
 
 
 class Scope(NamedTuple):
@@ -175,6 +178,32 @@ class Bars(NamedTuple):
         found = self.by_symbol[np.maximum(place, 0)]
         return np.where((place >= 0) & (self.symbol[found] == symbol), found, -1)
 
+    @property
+    def place(self) -> Ints:
+        """Index of every bar in `by_symbol`."""
+        place = np.empty(len(self.by_symbol), np.int64)
+        place[self.by_symbol] = np.arange(len(place))
+        return place
+
+    def before(self, values: NDArray[_Scalar]) -> NDArray[_Scalar]:
+        """Return what each symbol's bar before had; 0 for its first."""
+        found = np.zeros_like(values)
+        found[self.by_symbol[1:]] = values[self.by_symbol[:-1]]
+        found[self.first] = 0
+        return found
+
+    def stretches(self, key: Ints) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+        """Return first and last bar of every stretch of one symbol with one key, and whether the
+        symbol's bars end with it."""
+        order = self.by_symbol
+        if not len(order):
+            return order, order, np.zeros(0, np.bool_)
+        symbol, values = self.symbol[order], key[order]
+        begins = np.append(True, (np.diff(symbol) != 0) | (np.diff(values) != 0))
+        starts = np.flatnonzero(begins)
+        ends = np.append(starts[1:], len(order)) - 1
+        return order[starts], order[ends], np.isin(order[ends], self.last)
+
     def per_symbol(self, values: Floats | NDArray[np.bool_]) -> Floats:
         """Sum a column per symbol."""
         return np.bincount(self.symbol, values, len(self.symbols)).astype(np.float64)
@@ -182,6 +211,11 @@ class Bars(NamedTuple):
     def per_regime(self, values: Floats | NDArray[np.bool_]) -> Floats:
         """Sum a column per regime."""
         return np.bincount(self.regime, values, len(self.regimes)).astype(np.float64)
+
+
+def count(db: duckdb.DuckDBPyConnection, query: str, *values: object) -> int:
+    """Return the only number a query gives."""
+    return int(db.execute(query, list(values)).fetchall()[0][0])
 
 
 _ARM_COLUMNS = (
@@ -286,10 +320,7 @@ def _unknown(codes: NDArray[Any]) -> NDArray[np.bool_]:
 
 def _entries(side: Ints, bars: Bars) -> NDArray[np.bool_]:
     """Return where a symbol holds a position that its bar before did not hold."""
-    before = np.zeros_like(side)
-    before[bars.by_symbol[1:]] = side[bars.by_symbol[:-1]]
-    before[bars.first] = 0
-    return (side != 0) & (side != before)
+    return (side != 0) & (side != bars.before(side))
 
 
 def equity(bars: Bars, net: Floats) -> Floats:

@@ -20,6 +20,7 @@ from rlv3.events import ACTION_TABLE
 from shadow import agreement
 from shadow.bars import Bars, Traded
 from shadow.batches import Floats, Ints
+from shadow.effect import Range
 from shadow.inference import DRAWS, interval
 
 CLASSES = ("long", "short", "hold", "reduce", "exit")
@@ -40,17 +41,6 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95)
 _LONG, _SHORT, _HOLD, _REDUCE, _EXIT = range(5)
 
 
-class Interval(msgspec.Struct, frozen=True):
-    """A number with its 95 % interval.
-
-    All null where it is undefined; the ends where too few batches are there to resample.
-    """
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-
 class Confusion(msgspec.Struct, frozen=True):
     """How often two arms did the same, on the five classes."""
 
@@ -59,12 +49,12 @@ class Confusion(msgspec.Struct, frozen=True):
     """Bars; rows v3, columns v2."""
     n: int
     batches: int
-    raw: Interval
+    raw: Range
     """Share on the diagonal."""
-    kappa: Interval
-    ac1: Interval
+    kappa: Range
+    ac1: Range
     """Gwet's AC1: unlike kappa, it does not fall when nearly all is HOLD."""
-    weighted_kappa: Interval
+    weighted_kappa: Range
     """Quadratic weights on the exposures at bar closes, by `exposure_bins`."""
     exposure_bins: tuple[float, ...]
     """Inner edges, fractions of equity."""
@@ -78,7 +68,7 @@ class Cell(msgspec.Struct, frozen=True):
     v3: str
     v2: str
     bars: int
-    mean_bps: Interval
+    mean_bps: Range
     """Per bar, in basis points of the symbol's reference capital."""
     total: float
     """Account currency."""
@@ -120,7 +110,7 @@ class Holding(msgspec.Struct, frozen=True):
     """Positions that ended within the run."""
     open: int
     """Positions that the run's end cut short; not in the figures below."""
-    mean: Interval
+    mean: Range
     quantiles: tuple[float, ...]
     """At 5, 25, 50, 75, 90 and 95 %; empty without a closed position."""
 
@@ -129,8 +119,8 @@ class Exposure(msgspec.Struct, frozen=True):
     """What an arm held at bar closes, as fractions of equity."""
 
     arm: str
-    mean_abs: Interval
-    net: Interval
+    mean_abs: Range
+    net: Range
     """Signed mean."""
     long: float
     """Share of bar closes; with `short` and `flat` adds up to 1."""
@@ -166,10 +156,10 @@ class Calibration(msgspec.Struct, frozen=True):
     n: int
     left_out: int
     """Orders that overlapped a sample of their symbol, or whose horizon was cut short."""
-    base_rate: Interval
-    ece: Interval
+    base_rate: Range
+    ece: Range
     """Expected calibration error: root mean square gap in bins of equal mass, bias removed."""
-    brier: Interval
+    brier: Range
     brier_of_base_rate: float | None
     """What always saying the base rate would score: above it, confidence is worse than nothing."""
     bins: tuple[Bin, ...]
@@ -322,19 +312,20 @@ class _Played(NamedTuple):
         n = len(self.starts_us)
         return np.stack([np.bincount(self.batch[bars], v, n) for v in values], axis=1)
 
-    def ratio(self, bars: NDArray[np.intp], top: Floats, bottom: Floats) -> Interval:
+    def ratio(self, bars: NDArray[np.intp], top: Floats, bottom: Floats) -> Range:
         """Return sum(top) / sum(bottom) of some bars, its interval from resampled batches."""
         sums = self.per_batch(bars, top, bottom)
         total = sums.sum(axis=0)
         if total[1] == 0.0:
-            return Interval(None)
+            return Range(None)
         value = float(total[0] / total[1])
         if len(sums) < FEW_BATCHES:
-            return Interval(value)
-        draws = self.weights @ sums
+            return Range(value)
+        # no BLAS: the last bits of its products depend on how many threads it has
+        draws = np.einsum("db,bc->dc", self.weights, sums)
         if not (draws[:, 1] > 0.0).all():  # too rare: some samples of the run have none of it
-            return Interval(value)
-        return Interval(*interval(value, draws[:, 0] / draws[:, 1]))
+            return Range(value)
+        return Range(*interval(value, draws[:, 0] / draws[:, 1]))
 
 
 def _weights(batches: int, rng: np.random.Generator) -> Floats:
@@ -347,9 +338,7 @@ def _weights(batches: int, rng: np.random.Generator) -> Floats:
 
 def _arm(bars: Bars, traded: Traded) -> _Arm:
     quantity = traded.exposure * traded.equity / bars.close
-    before = np.zeros_like(quantity)
-    before[bars.by_symbol[1:]] = quantity[bars.by_symbol[:-1]]
-    before[bars.first] = 0.0
+    before = bars.before(quantity)
     change = quantity - before
     moved = (traded.paid.turnover > 0.0) & (
         np.abs(change) > 1e-9 * np.maximum(np.abs(quantity), np.abs(before))
@@ -396,17 +385,15 @@ def _confusion(played: _Played, tables: Floats) -> Confusion:
     )
 
 
-def _coefficient(
-    played: _Played, tables: Floats, coefficient: Callable[[Floats], Floats]
-) -> Interval:
+def _coefficient(played: _Played, tables: Floats, coefficient: Callable[[Floats], Floats]) -> Range:
     total = tables.sum(axis=0)
     if total.sum() == 0.0:
-        return Interval(None)
+        return Range(None)
     value = float(coefficient(total))
     if len(tables) < FEW_BATCHES:
-        return Interval(value)
+        return Range(value)
     draws = played.weights @ tables.reshape(len(tables), -1)
-    return Interval(*interval(value, coefficient(draws.reshape(-1, *total.shape))))
+    return Range(*interval(value, coefficient(draws.reshape(-1, *total.shape))))
 
 
 def _whole(table: Floats) -> tuple[tuple[int, ...], ...]:
@@ -521,7 +508,7 @@ def _overdispersion(counts: Floats, window: Ints) -> float:
 
 def _holding(played: _Played, name: str, step_us: int) -> Holding:
     bars, arm = played.bars, played.v3 if name == "v3" else played.v2
-    first, last, cut = _runs(bars, arm.side)
+    first, last, cut = bars.stretches(arm.side)
     held = arm.side[first] != 0
     first, last, cut = first[held], last[held], cut[held]
     seconds = (bars.ts_us[last] - bars.ts_us[first] + step_us) / 1e6
@@ -535,19 +522,6 @@ def _holding(played: _Played, name: str, step_us: int) -> Holding:
         mean=played.ratio(last[done], closed, np.ones(len(closed))),
         quantiles=tuple(quantiles),
     )
-
-
-def _runs(bars: Bars, key: Ints) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-    """Return first and last bar of every stretch of one symbol with one key, and whether the
-    symbol's bars end with it."""
-    order = bars.by_symbol
-    if not len(order):
-        return order, order, np.zeros(0, np.bool_)
-    symbol, values = bars.symbol[order], key[order]
-    begins = np.append(True, (np.diff(symbol) != 0) | (np.diff(values) != 0))
-    starts = np.flatnonzero(begins)
-    ends = np.append(starts[1:], len(order)) - 1
-    return order[starts], order[ends], np.isin(order[ends], bars.last)
 
 
 def _exposure(played: _Played, name: str) -> Exposure:
@@ -588,11 +562,11 @@ def _calibration(
     left_out += int((~known).sum())
     n = len(scores)
     if n < FEW_SAMPLES:
-        unknown = Interval(None)
+        unknown = Range(None)
         return Calibration(HORIZON, n, left_out, unknown, unknown, unknown, None, ())
     found = agreement.calibration_intervals(scores, outcomes, rng=rng)
     rate = found["rate"].value
-    base_rate, ece, brier = (Interval(*found[name]) for name in ("rate", "ece", "brier"))
+    base_rate, ece, brier = (Range(*found[name]) for name in ("rate", "ece", "brier"))
     curve = agreement.reliability(scores, outcomes, rng=rng)
     bins = tuple(
         Bin(int(mass), float(score), float(frequency), float(low), float(high))
@@ -610,11 +584,9 @@ def _samples(played: _Played, step_us: int) -> tuple[Ints, Ints, Ints, int]:
     """
     bars, arm = played.bars, played.v3
     order = bars.by_symbol
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
     orders = np.flatnonzero((arm.change != 0.0) & bars.warm)
     orders = orders[np.lexsort((bars.ts_us[orders], bars.symbol[orders]))]
-    at = place[orders]
+    at = bars.place[orders]
     ends = np.searchsorted(bars.symbol[order], bars.symbol[orders], side="right")
     whole = (at + HORIZON - 1 < ends) & ~np.isin(orders, bars.first)
     at, found = at[whole], orders[whole]
@@ -681,9 +653,8 @@ def extremes(
         v3: side per bar; `v2` too.
         difference: v3's net profit minus v2's per bar, account currency.
     """
-    first, last, _ = _runs(bars, (v3 + 1) * 3 + v2 + 1)
-    place = np.empty(len(bars.by_symbol), np.int64)
-    place[bars.by_symbol] = np.arange(len(place))
+    first, last, _ = bars.stretches((v3 + 1) * 3 + v2 + 1)
+    place = bars.place
     gains = np.append(0.0, np.cumsum(difference[bars.by_symbol]))
     gain = gains[place[last] + 1] - gains[place[first]]
     apart = np.flatnonzero(v3[first] != v2[first])

@@ -17,10 +17,11 @@ from rlv3.policy import Policy, shipped_policy
 from shadow import render
 from shadow.backtest import backtest as run_backtest
 from shadow.pipeline import Settings
+from shadow.question import Ask
 from shadow.register import Terms, run_of
 from shadow.register import register as register_test
 from shadow.registration import Frozen, Registration
-from shadow.report import Ask, Report, read_report
+from shadow.report import Report, read_report
 from shadow.rl_v2 import QTables
 from shadow.terminal import Files, summary
 from shadow.text import moment

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlv3.features import MARKET
 from shadow.agreement import asymmetry
-from shadow.bars import ORDER, Bars, Traded
+from shadow.bars import ORDER, Bars, Traded, count
 from shadow.batches import Ints
 from shadow.pipeline import OUTCOMES
 from shadow.slices import VOLATILITY
@@ -126,11 +126,6 @@ class Health(msgspec.Struct, frozen=True):
         if all(stream.lost is not None for stream in self.streams):
             return f"{lost:,}"
         return f"≥ {lost:,}" if lost else "not counted everywhere"
-
-
-def count(db: duckdb.DuckDBPyConnection, query: str, *values: object) -> int:
-    """Return the only number a query gives."""
-    return int(db.execute(query, list(values)).fetchall()[0][0])
 
 
 def examine(

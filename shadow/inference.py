@@ -137,7 +137,7 @@ def long_run_variance(values: ArrayLike, lag: int) -> float:
     sums = np.concatenate([np.zeros(1), (series - series.mean()).cumsum()])
     ends = np.arange(n + lag)
     windows = sums[np.minimum(ends + 1, n)] - sums[np.maximum(ends - lag, 0)]
-    return float(windows @ windows) / ((lag + 1) * n)
+    return float(np.einsum("i,i", windows, windows)) / ((lag + 1) * n)
 
 
 def stationary_indices(
@@ -489,12 +489,12 @@ def lo_sharpe(returns: ArrayLike, per_year: float) -> float:
     """
     series = _series(returns, 2)
     centred = series - series.mean()
-    power = float(centred @ centred)
+    power = float(np.einsum("i,i", centred, centred))
     if power == 0.0:
         return 0.0
     lag = newey_west_lag(len(series))
     k = np.arange(1, lag + 1)
-    rho = np.array([centred[i:] @ centred[: len(series) - i] for i in k]) / power
+    rho = np.array([np.einsum("i,i", centred[i:], centred[:-i]) for i in k]) / power
     return float(sharpe(series)) * lo_factor(round(per_year), (1.0 - k / (lag + 1)) * rho)
 
 

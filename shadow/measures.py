@@ -1,7 +1,7 @@
 """What do the gates look at? The measures that follow from batches and counted bars.
 
 The collector and the report fill in these alike; what only a whole store can tell (data checks,
-the recording's audit, real closes) the report adds in `shadow.report`.
+the recording's audit, real closes) the report adds in `shadow.conclusion`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measures(
     found = {
         "days": Measured(batches.days, text=f"{batches.days:.1f}"),
         "batches": Measured(float(k)),
-        "discarded_share": _share(batches.discarded, batches.discarded + k),
+        "discarded_share": share(batches.discarded, batches.discarded + k),
         "lag_one": Measured(
             None if look is None or not look.ready else abs(look.lag1) * math.sqrt(look.n),
             text=_lag_one(look),
@@ -106,7 +106,8 @@ def _tail_loss(returns: Floats) -> Floats:
     return np.maximum(expected_shortfall(returns), 0.0)
 
 
-def _share(n: int, of: int) -> Measured:
+def share(n: int, of: int) -> Measured:
+    """Return so many of so many; not measured of none."""
     return Measured(n / of, text=f"{n / of:.2%} ({n:,} of {of:,})") if of else Measured(None)
 
 

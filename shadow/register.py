@@ -185,10 +185,7 @@ def _pilot(db: duckdb.DuckDBPyConnection, bars: Bars) -> Pilot:
 
 def _holding_bars(bars: Bars, arm: Traded) -> np.ndarray:
     """Return how many bar closes each position was held, those cut short at the ends included."""
-    side = arm.side[bars.by_symbol]
-    changed = np.ones(len(side), np.bool_)
-    changed[1:] = side[1:] != side[:-1]
-    changed[np.searchsorted(bars.symbol[bars.by_symbol], np.arange(len(bars.symbols)))] = True
-    begins = np.flatnonzero(changed)
-    lengths = np.diff(np.append(begins, len(side)))
-    return lengths[side[begins] != 0]
+    first, last, _ = bars.stretches(arm.side)
+    held = arm.side[first] != 0
+    place = bars.place
+    return place[last[held]] - place[first[held]] + 1

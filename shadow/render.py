@@ -19,9 +19,11 @@ from markupsafe import Markup
 
 from rlv3.errors import ConfigError
 from shadow import charts, text
+from shadow.curves import Band
 from shadow.effect import Effect, Range
+from shadow.overview import Arm
 from shadow.records import ARMS
-from shadow.report import Arm, Band, Report
+from shadow.report import Report
 from shadow.terminal import Files
 from shadow.text import LABELS, amount, money, percent
 

@@ -14,7 +14,8 @@ from rlv3.errors import DataError
 from rlv3.market import Bars, simulate
 from rlv3.policy import Policy
 from shadow.backtest import SelfPlayError, backtest, check_equal, fold
-from shadow.behaviour import CLASSES, Interval
+from shadow.behaviour import CLASSES
+from shadow.effect import Range
 from shadow.history import STREAMS, entries
 from shadow.pipeline import Pipeline, Settings
 from shadow.records import BarRow, Commit, Output, decode_comparison, encode
@@ -99,7 +100,7 @@ def test_registered_self_play_is_kept_and_agrees_exactly(
     assert {*curve.last, *curve.low, *curve.high} == {0.0}
     assert report.effect.batches > 300
     assert (report.effect.nonzero, report.effect.sequence.value) == (0, 0.0)
-    found, one = report.behaviour.confusion, Interval(1.0, 1.0, 1.0)
+    found, one = report.behaviour.confusion, Range(1.0, 1.0, 1.0)
     assert sum(n > 0 for n in (found.table[i][i] for i in range(len(CLASSES)))) >= 3
     assert (found.raw, found.kappa, found.ac1, found.weighted_kappa) == (one, one, one, one)
     assert (report.verdict.text, report.verdict.binding) == ("KEEP SHADOWING", "superiority")

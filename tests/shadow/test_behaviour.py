@@ -14,9 +14,9 @@ from shadow.behaviour import (
     CLASSES,
     HORIZON,
     Behaviour,
-    Interval,
     behave,
 )
+from shadow.effect import Range
 from shadow.records import BarRow, Comparison, Decision
 from shadow.store import StoreReader
 from tests.shadow.test_report import MINUTE, T0, Book, decision, run_row, v2_row, write_store
@@ -86,7 +86,7 @@ def test_changes_of_target_are_worked_by_hand(found: Behaviour) -> None:
     }
     assert {cell: n for cell, n in table.items() if n} == expected
     assert (found.confusion.n, found.confusion.batches) == (600, 10)
-    assert found.confusion.raw == Interval(0.4, 0.4, 0.4)  # every batch is like the others
+    assert found.confusion.raw == Range(0.4, 0.4, 0.4)  # every batch is like the others
     # p_e: both hold in 420 of 600 bars (0.7 each), every other class in 60 of one of them at most
     chance = 0.7 * 0.7 + 0.1 * 0.1 + 0.1 * 0.1
     assert found.confusion.kappa.value == pytest.approx((0.4 - chance) / (1 - chance))
@@ -115,7 +115,7 @@ def test_cells_of_actions_leave_out_where_both_did_the_same(found: Behaviour) ->
 def test_holding_times_and_exposures(found: Behaviour) -> None:
     v3, v2 = found.holding
     assert (v3.arm, v3.closed, v3.open) == ("v3", 60, 0)
-    assert v3.mean == Interval(360.0, 360.0, 360.0)
+    assert v3.mean == Range(360.0, 360.0, 360.0)
     assert set(v3.quantiles) == {360.0}
     assert (v2.closed, v2.open) == (120, 0)
     assert v2.mean.value == pytest.approx((120.0 + 180.0) / 2)
@@ -179,7 +179,7 @@ def test_self_play_agrees_in_everything(tmp_path: Path) -> None:
         arm = {**LONG, "turnover": 0.1 * (minute % 7 == 0)} if minute % 7 < 4 else {}
         rows.append(book.bar(minute + 1, arm, arm))
     found = behaviour_of(tmp_path / "store", rows)
-    one = Interval(1.0, 1.0, 1.0)
+    one = Range(1.0, 1.0, 1.0)
     confusion = found.confusion
     assert (confusion.raw, confusion.kappa, confusion.ac1) == (one, one, one)
     assert confusion.weighted_kappa == one
@@ -231,10 +231,10 @@ def test_confidence_is_judged_by_what_the_order_earned(tmp_path: Path) -> None:
 def test_without_bars_nothing_is_said(tmp_path: Path) -> None:
     found = behaviour_of(tmp_path / "store", [v2_row(1)])
     assert found.confusion.n == 0
-    assert found.confusion.kappa == Interval(None)
+    assert found.confusion.kappa == Range(None)
     assert (found.cells, found.sides, found.worst, found.best) == ((), (), (), ())
     assert found.calibration.n == 0
-    assert [arm.mean_abs for arm in found.exposure] == [Interval(None)] * 2
+    assert [arm.mean_abs for arm in found.exposure] == [Range(None)] * 2
 
 
 def test_latency_is_that_of_the_decisions_of_both_kinds(tmp_path: Path) -> None:

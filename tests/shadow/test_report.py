@@ -22,6 +22,9 @@ from rlv3.events import ACTION_TABLE
 from rlv3.market import simulate
 from rlv3.policy import Policy
 from shadow import charts, render, text
+from shadow.curves import BUCKETS
+from shadow.overview import agreement
+from shadow.question import Ask
 from shadow.records import (
     ArmBar,
     BarRow,
@@ -36,14 +39,7 @@ from shadow.records import (
     encode,
     iso,
 )
-from shadow.report import (
-    BUCKETS,
-    Ask,
-    Report,
-    agreement,
-    read_report,
-    summarise,
-)
+from shadow.report import Report, read_report, summarise
 from shadow.store import COMPARISONS, DECISIONS, TABLES, StoreWriter
 from shadow.terminal import Files, summary
 

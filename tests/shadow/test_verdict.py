@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,11 +18,13 @@ from rlv3.errors import ConfigError, DataError, UserError
 from rlv3.events import ACTION_TABLE
 from rlv3.policy import shipped_policy
 from shadow import gates as gates_
-from shadow.behaviour import CLASSES, EXTREMES, Interval
+from shadow import render
+from shadow.behaviour import CLASSES, EXTREMES
 from shadow.effect import Range
 from shadow.gates import Gate, Measured, Result, check, read_gates
 from shadow.measures import Counted, measures
 from shadow.multiplicity import version_level
+from shadow.question import Ask
 from shadow.records import (
     ArmBar,
     BarRow,
@@ -35,7 +38,7 @@ from shadow.records import (
 )
 from shadow.register import Terms, register
 from shadow.registration import Frozen, Registration, align, read_registrations
-from shadow.report import Ask, Report, read_report
+from shadow.report import Report, read_report
 from shadow.rl_v2 import QTables
 from shadow.sequential import Look
 from shadow.store import COMPARISONS, StoreReader, StoreWriter
@@ -183,7 +186,7 @@ def test_clear_edge_with_every_gate_passed_is_promoted(better: Report) -> None:
     assert (better.effect.batches, better.effect.days) == (239, pytest.approx(239 / 6))
 
 
-def mirrors(one: Range | Interval, other: Range | Interval) -> bool:
+def mirrors(one: Range | Range, other: Range | Range) -> bool:
     """Tell whether two intervals are each other's negatives, bit for bit."""
     ends = (one.value, one.low, one.high)
     negated = (other.value, other.high, other.low)
@@ -290,7 +293,7 @@ def test_v3_against_itself_differs_nowhere_and_is_kept(tmp_path: Path) -> None:
     assert (report.effect.sequence.value, report.effect.sd) == (0.0, 0.0)
     assert {row.difference for row in report.metrics} == {Range(0.0, 0.0, 0.0)}
     assert {(row.nonzero, row.effect.value) for row in report.slices} == {(0, 0.0)}
-    one, behaviour = Interval(1.0, 1.0, 1.0), report.behaviour
+    one, behaviour = Range(1.0, 1.0, 1.0), report.behaviour
     found = behaviour.confusion
     assert sum(n > 0 for n in np.diag(found.table)) == len(CLASSES)  # all five occur
     assert (found.raw, found.kappa, found.ac1, found.weighted_kappa) == (one, one, one, one)
@@ -426,6 +429,24 @@ def test_run_with_other_settings_belongs_to_no_registration(tmp_path: Path) -> N
     report = read_report(write(tmp_path, records(bars(4e-4), other)))
     assert report.verdict.text == "exploratory"
     assert any("differs from the registered one in settings" in item for item in report.notices)
+
+
+def test_report_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    hourly = TERMS._replace(batch_bars=1, horizon=900)  # batches that BLAS would split
+    report = concluded(tmp_path, bars(4e-4, n=720), hourly)
+    program = (
+        "import sys; from shadow import render; from shadow.report import read_report; "
+        "print(render.digest(read_report(sys.argv[1])))"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program, tmp_path],
+            env={**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
+            capture_output=True, text=True, check=True,
+        ).stdout.strip()
+        for threads in ("1", "2", "7")
+    }  # fmt: skip
+    assert digests == {render.digest(report)}
 
 
 # -- registration ----------------------------------------------------------------------------------
