@@ -1,11 +1,13 @@
 """Do clients of the HTTP process slow the worker down? Its latency with and without them.
 
-A private Redis, a worker and an HTTP process, ticks at a fixed rate. Phases alternate: nobody asks;
-50 clients, of which 20 watch the stream and 30 ask a route each half second; 50 that ask as fast as
-they are answered (most are told to wait). Latency is that of each decision: commit time minus the
-id of its entry. Rounds alternate so that other load on the machine meets all phases alike.
+A private Redis, a worker and an HTTP process, ticks at a fixed rate. Two phases make a pair: nobody
+asks; 50 clients, of which 20 watch the stream and 30 ask a route each half second. Pairs alternate
+in their order, so that whatever else goes on meets both alike, and each gives one ratio of the two
+99th percentiles; the figure is the median of these. With --flood come pairs in which the 50 ask as
+fast as they are answered (most are told to wait). The clients run only while nothing else wants to,
+since in truth they are other machines; the HTTP process lowers its priority itself.
 
-    python bench/bench_api.py [--rate 500] [--seconds 8] [--rounds 4]
+    python bench/bench_api.py [--rate 2000] [--seconds 6] [--pairs 8] [--flood]
 """
 
 from __future__ import annotations
@@ -21,20 +23,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import NamedTuple
 
 import redis
 
+from shadow.records import decode_decision
 from worker.embedded import RedisServer, leashed
 from worker.keys import Keys
 
 CLIENTS, WATCHING = 50, 20
+SYMBOLS = 50
+START_S = 2.5
 PATHS = (
     "/healthz", "/readyz", "/metrics", "/api/v1/rl/v3/status", "/api/v1/rl-v3/dashboard/full",
 )  # fmt: skip
 PREDICT = json.dumps({"rsi": 55.0, "price_change_1m": 0.001, "regime": "TREND"})
-PHASES = ("quiet", "50 clients", "flood")
 
 
 async def client(port: int, number: int, phase: str, answered: list[int]) -> None:
@@ -73,7 +81,7 @@ async def client(port: int, number: int, phase: str, answered: list[int]) -> Non
 
 def ask(port: int, phase: str, seconds: float, results: multiprocessing.Queue[int]) -> None:
     """Run all clients for a while; put how many answers there were, and how many refusals."""
-    os.nice(10)  # in truth they are other machines
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # in truth they are elsewhere
     answered: list[int] = []
 
     async def all_of_them() -> None:
@@ -95,7 +103,7 @@ def publish(url: str, rate: float, stop: Event) -> None:
         now = time.time()
         with link.pipeline(transaction=False) as batch:
             while n < (now - begun) * rate:
-                body = {"symbol": f"S{n % 50}USDT", "price": 100.0 + n % 97 / 100, "qty": 1.0,
+                body = {"symbol": f"S{n % SYMBOLS}USDT", "price": 100.0 + n % 97 / 100, "qty": 1.0,
                         "timestamp": now}  # fmt: skip
                 batch.xadd(key, {"payload": json.dumps(body)}, maxlen=20_000)
                 n += 1
@@ -104,19 +112,85 @@ def publish(url: str, rate: float, stop: Event) -> None:
 
 
 def latencies(link: redis.Redis, first: int, last: int) -> list[float]:
-    """Return the latency in ms of each decision committed between two times in ms."""
+    """Return the latency in ms of each decision committed between two times in ms.
+
+    From a tick's time, taken just before its XADD, to Redis's clock at the decision's.
+    """
     rows = link.xrange(Keys().decisions, first, last)
-    return sorted(json.loads(fields[b"payload"])["latency_ms"] for _, fields in rows)
+    return [
+        float(entry_id.partition(b"-")[0]) + 0.5 - _ms(decode_decision(fields[b"payload"]).event_ts)
+        for entry_id, fields in rows
+    ]
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rate", type=float, default=500.0)
-    parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--rounds", type=int, default=4)
-    asked = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
+def _ms(stamp: str) -> float:
+    return datetime.fromisoformat(stamp).timestamp() * 1e3
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Return a quantile of measurements."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rss_bytes(pid: int) -> int:
+    """Return the resident memory of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Phase(NamedTuple):
+    """What was measured in one phase."""
+
+    decisions: int
+    p50: float
+    p99: float
+    answers: float = 0.0
+    """A second."""
+    refused: float = 0.0
+    cpu: float = 0.0
+    """Of the HTTP process, a share of one core."""
+
+
+class Stage:
+    """The programs, and the ticks that come all the time."""
+
+    def __init__(self, server: RedisServer, port: int, api: int, seconds: float) -> None:
+        self.link = redis.Redis.from_url(server.url)
+        self.port, self.api, self.seconds = port, api, seconds
+        self.context = multiprocessing.get_context("spawn")
+
+    def measure(self, phase: str) -> Phase:
+        """Measure for a while, with or without clients."""
+        answers, refused, crowd = 0.0, 0.0, None
+        results: multiprocessing.Queue[int] = self.context.Queue()
+        if phase != "quiet":
+            long = self.seconds + START_S + 0.5
+            crowd = self.context.Process(target=ask, args=(self.port, phase, long, results))
+            crowd.start()
+        time.sleep(START_S)  # clients start and connect; what was read before is forgotten
+        begun, used = int(time.time() * 1_000), cpu_s(self.api)
+        time.sleep(self.seconds)
+        cpu = (cpu_s(self.api) - used) / self.seconds
+        ended = int(time.time() * 1_000)
+        if crowd is not None:
+            answers, refused = (results.get() / long for _ in range(2))
+            crowd.join()
+        found = latencies(self.link, begun, ended)
+        if not found:
+            raise SystemExit("expected decisions while ticks come, found none")
+        return Phase(len(found), quantile(found, 0.5), quantile(found, 0.99), answers, refused, cpu)
+
+
+@contextmanager
+def stage(rate: float, seconds: float) -> Iterator[Stage]:
+    """Run everything."""
     with tempfile.TemporaryDirectory() as place, RedisServer.start() as server:
         logs = Path(place)
         programs = {}
@@ -130,50 +204,65 @@ def main() -> None:
         while "API_LISTENS" not in (text := (logs / "api").read_text()):
             time.sleep(0.1)
         port = int(json.loads(text.splitlines()[0])["msg"].rpartition(":")[2])
-        link = redis.Redis.from_url(server.url)
-        stop = context.Event()
-        publisher = context.Process(target=publish, args=(server.url, asked.rate, stop))
+        found = Stage(server, port, programs["api"].pid, seconds)
+        stop = found.context.Event()
+        publisher = found.context.Process(target=publish, args=(server.url, rate, stop))
         publisher.start()
-        time.sleep(5.0)
-        found: dict[str, list[list[float]]] = {phase: [] for phase in PHASES}
-        answers: dict[str, list[tuple[int, int]]] = {phase: [] for phase in PHASES}
-        results: multiprocessing.Queue[int] = context.Queue()
-        for _ in range(asked.rounds):
-            for phase in PHASES:
-                crowd = None
-                if phase != "quiet":
-                    crowd = context.Process(
-                        target=ask, args=(port, phase, asked.seconds + 3.0, results)
-                    )
-                    crowd.start()
-                    time.sleep(2.5)  # it starts, and connects
-                begun = int(time.time() * 1_000)
-                time.sleep(asked.seconds)
-                found[phase].append(latencies(link, begun, int(time.time() * 1_000)))
-                if crowd is not None:
-                    answers[phase].append((results.get(), results.get()))
-                    crowd.join()
-        stop.set()
-        publisher.join()
-        rss = int(Path(f"/proc/{programs['api'].pid}/statm").read_text().split()[1]) * 4_096
-        for program in programs.values():
-            program.terminate()
-            program.wait()
-    print(f"{asked.rate:g} ticks/s, 50 symbols, {asked.rounds} rounds of {asked.seconds:g} s")
-    print(f"{'':12} {'decisions':>9} {'p50 ms':>8} {'p99 ms':>8}  {'to quiet':>8}  answers/s (429)")
-    quiet = None
-    for phase in PHASES:
-        p99 = statistics.median(values[int(0.99 * len(values))] for values in found[phase])
-        p50 = statistics.median(values[len(values) // 2] for values in found[phase])
-        quiet = quiet or p99
-        total = sum(map(len, found[phase]))
-        line = f"{phase:12} {total:9,} {p50:8.2f} {p99:8.2f}  {p99 / quiet - 1:+8.1%}"
-        if answers[phase]:
-            seconds = len(answers[phase]) * (asked.seconds + 3.0)
-            good, refused = (sum(column) / seconds for column in zip(*answers[phase], strict=True))
-            line += f"  {good:.0f} ({refused:.0f})"
-        print(line)
+        try:
+            time.sleep(5.0)
+            yield found
+        finally:
+            stop.set()
+            publisher.join()
+            for program in programs.values():
+                program.terminate()
+                program.wait()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rate", type=float, default=2_000.0)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--flood", action="store_true", help="pairs of the third kind, too")
+    asked = parser.parse_args()
+    print(
+        f"{asked.rate:g} ticks/s, {SYMBOLS} symbols, {asked.pairs} pairs of phases of "
+        f"{asked.seconds:g} s, load {os.getloadavg()[0]:.1f} at the start"
+    )
+    with stage(asked.rate, asked.seconds) as found:
+        for crowd in ("50 clients", *(["flood"] if asked.flood else [])):
+            pairs = []
+            for number in range(asked.pairs):
+                order = ("quiet", crowd) if number % 2 == 0 else (crowd, "quiet")
+                pair = {phase: found.measure(phase) for phase in order}
+                pairs.append((pair["quiet"], pair[crowd]))
+                show(f"pair {number + 1}, {crowd}", *pairs[-1])
+            conclude(crowd, pairs)
+        rss = rss_bytes(found.api)
     print(f"HTTP process after all of it: {rss / 1e6:.0f} MB")
+
+
+def show(name: str, quiet: Phase, crowd: Phase) -> None:
+    """Print one pair."""
+    print(
+        f"{name}: p50 {quiet.p50:.2f} -> {crowd.p50:.2f} ms, p99 {quiet.p99:.2f} -> "
+        f"{crowd.p99:.2f} ms ({crowd.p99 / quiet.p99 - 1:+.1%}), {quiet.decisions:,} and "
+        f"{crowd.decisions:,} decisions, {crowd.answers:.0f} answers/s, "
+        f"{crowd.refused:.0f} refusals/s, HTTP process {quiet.cpu:.0%} -> {crowd.cpu:.0%} of a core"
+    )
+
+
+def conclude(crowd: str, pairs: list[tuple[Phase, Phase]]) -> None:
+    """Print the medians over pairs, and the middle half of what the pairs said."""
+    ratios = [busy.p99 / quiet.p99 - 1 for quiet, busy in pairs]
+    middle = [statistics.median(pair[side].p99 for pair in pairs) for side in (0, 1)]
+    print(
+        f"{crowd}: worker's p99 {middle[0]:.2f} -> {middle[1]:.2f} ms; median change over "
+        f"{len(pairs)} pairs {statistics.median(ratios):+.1%} "
+        f"(half of them {quantile(ratios, 0.25):+.1%} to {quantile(ratios, 0.75):+.1%})"
+    )
 
 
 if __name__ == "__main__":

@@ -517,7 +517,8 @@ def serve(config: ApiConfig, log: Log) -> None:
         PolicyError: the artifact that `--policy` names cannot be used.
         ConfigError: the address cannot be had.
     """
-    os.nice(NICE)
+    with contextlib.suppress(PermissionError):  # a confined service: its unit says Nice= itself
+        os.nice(NICE)
 
     def listens(host: str, port: int) -> None:
         log.info("API_LISTENS", msg=f"http://{host}:{port}", token=bool(config.token))
