@@ -26,6 +26,7 @@ from tests.worker.test_service import Daemon, publish, until
 from worker.config import load_api_config
 from worker.embedded import RedisServer, find_servers
 from worker.keys import Keys
+from worker.status import FORMAT
 
 KEYS = Keys("t")
 TOKEN = "0123456789abcdef"
@@ -258,7 +259,8 @@ def test_the_verdict_of_the_collector_is_shown(client, api: Server) -> None:
 
 def test_a_status_that_cannot_be_read_says_so(client, api: Server) -> None:
     client.hset(KEYS.status, mapping={"at_ms": 1, "body": b'{"format": 99}'})
-    slowly(lambda: "expected a worker's status of format 1" in api.json("/readyz")["reason"])
+    sentence = f"expected a worker's status of format {FORMAT}"
+    slowly(lambda: sentence in api.json("/readyz")["reason"])
 
 
 # -- without Redis --------------------------------------------------------------------------------
