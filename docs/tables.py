@@ -16,7 +16,7 @@ import msgspec
 
 from rlv3.features import FEATURES, MARKET
 from shadow import records
-from shadow.gates import MEASURES, read_gates
+from shadow.evaluation.gates import MEASURES, read_gates
 
 DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"(<!-- table: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -120,7 +120,7 @@ def features() -> str:
 
 
 def gate_table() -> str:
-    """Return the default gates of `shadow/data/gates.toml`."""
+    """Return the default gates of `shadow/evaluation/gates.toml`."""
     rows = (
         (
             gate.name,

@@ -14,17 +14,17 @@ import typer
 from rlv3 import console
 from rlv3.errors import ConfigError
 from rlv3.policy import Policy, shipped_policy
-from shadow import render
 from shadow.backtest import backtest as run_backtest
+from shadow.evaluation.register import Terms, run_of
+from shadow.evaluation.register import register as register_test
+from shadow.evaluation.registration import Frozen, Registration
 from shadow.pipeline import Settings
-from shadow.question import Ask
-from shadow.register import Terms, run_of
-from shadow.register import register as register_test
-from shadow.registration import Frozen, Registration
-from shadow.report import Report, read_report
+from shadow.reporting import render
+from shadow.reporting.question import Ask
+from shadow.reporting.report import Report, read_report
+from shadow.reporting.terminal import Files, summary
+from shadow.reporting.text import moment
 from shadow.rl_v2 import QTables
-from shadow.terminal import Files, summary
-from shadow.text import moment
 
 app = typer.Typer(
     help="Compare RL v3 with RL v2 on what the shadow worker recorded, or on history.",

@@ -99,6 +99,40 @@ def test_imports_point_one_way() -> None:
     assert wrong == []
 
 
+LAYERS = ("shadow", "shadow.statistics", "shadow.evaluation", "shadow.reporting")
+"""Fold and store, statistics, what is measured, how it is told: each knows earlier ones only."""
+PROGRAMS = {"shadow.cli", "shadow.demo_store"}
+
+
+def layer(module: str) -> int:
+    """Return the place of a module of shadow among the layers."""
+    parent = module.rpartition(".")[0]
+    return LAYERS.index(module if module in LAYERS else parent)
+
+
+def shadow_imports(module: str) -> set[str]:
+    """Return the modules of shadow that a module imports."""
+    return {name for name in imports(module) if name in sources() and name.startswith("shadow")}
+
+
+def test_layers_of_shadow_know_earlier_ones_only() -> None:
+    shadow = {module for module in sources() if module.startswith("shadow")} - PROGRAMS
+    wrong = [
+        f"{module} imports {target}"
+        for module in sorted(shadow)
+        for target in shadow_imports(module)
+        if layer(target) > layer(module)
+    ]
+    assert wrong == []
+
+
+def test_statistics_know_nothing_of_what_is_compared() -> None:
+    modules = [module for module in sources() if module.startswith("shadow.statistics.")]
+    assert len(modules) >= 4
+    outside = {target for module in modules for target in shadow_imports(module)} - set(modules)
+    assert outside == set()
+
+
 def test_redis_is_imported_by_the_worker_alone() -> None:
     wrong = [
         module
@@ -118,7 +152,7 @@ def test_serving_path_imports_neither_torch_nor_gymnasium(entry: str) -> None:
     assert chain_to(entry, HEAVY) is None
 
 
-@pytest.mark.parametrize("entry", ["worker.service", "shadow.sequential", "rlv3.policy"])
+@pytest.mark.parametrize("entry", ["worker.service", "shadow.statistics.sequential", "rlv3.policy"])
 def test_path_of_a_tick_imports_no_scipy(entry: str) -> None:
     assert chain_to(entry, {"scipy"}) is None
 
@@ -225,8 +259,8 @@ def test_environment_is_read_at_the_door() -> None:
 PURE = (
     "rlv3.events", "rlv3.features", "rlv3.portfolio", "rlv3.reward", "shadow.codec", "shadow.drift",
     "shadow.pipeline", "shadow.symbol", "shadow.arms", "shadow.pairing", "shadow.mapping",
-    "shadow.records", "shadow.sequential", "shadow.inference", "shadow.multiplicity",
-    "shadow.agreement",
+    "shadow.records", "shadow.statistics.sequential", "shadow.statistics.inference",
+    "shadow.statistics.multiplicity", "shadow.statistics.agreement",
 )  # fmt: skip
 
 

@@ -17,9 +17,9 @@ import structlog
 from redis.asyncio import Redis
 
 from rlv3.errors import DataError, UserError
+from shadow.evaluation.streaming import Keeper
 from shadow.segments import START, parse_id
 from shadow.store import StoreWriter
-from shadow.streaming import Keeper
 from worker.keys import Keys
 from worker.tail import (
     AWAY,

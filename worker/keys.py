@@ -135,7 +135,7 @@ class Keys(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """JSON of the collector's newest statistics; see `shadow.streaming.State`."""
+        """JSON of the collector's newest statistics; see `shadow.evaluation.streaming.State`."""
         return self.own + "verdict"
 
     @property

@@ -27,7 +27,7 @@ from shadow.history import STREAMS, entries
 from shadow.pipeline import Pipeline, Settings
 from shadow.records import Commit, Entry
 from shadow.rl_v2 import QTables
-from shadow.sequential import Plan, looks
+from shadow.statistics.sequential import Plan, looks
 
 BARS = 60
 WARM = 36  # cuts leave at least so many bars

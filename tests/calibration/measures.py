@@ -10,8 +10,16 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from rlv3.metrics import integrated_autocorrelation
-from shadow.multiplicity import benjamini_hochberg, e_benjamini_hochberg
-from shadow.sequential import BURN_IN, Looks, Plan, batch_means, log_e_value, looks, strict_sequence
+from shadow.statistics.multiplicity import benjamini_hochberg, e_benjamini_hochberg
+from shadow.statistics.sequential import (
+    BURN_IN,
+    Looks,
+    Plan,
+    batch_means,
+    log_e_value,
+    looks,
+    strict_sequence,
+)
 from tests.calibration.processes import PROCESSES, Linear, Trades, equal_models, simulate
 
 LENGTH = 60  # bars of a batch

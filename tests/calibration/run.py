@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shadow.sequential import Plan
+from shadow.statistics.sequential import Plan
 from tests.calibration.measures import (
     bound,
     equal_models_benchmark,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shadow.sequential import Plan, looks
+from shadow.statistics.sequential import Plan, looks
 from tests.calibration.measures import (
     bound,
     equal_models_benchmark,

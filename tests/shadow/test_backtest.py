@@ -14,13 +14,13 @@ from rlv3.errors import DataError
 from rlv3.market import Bars, simulate
 from rlv3.policy import Policy
 from shadow.backtest import SelfPlayError, backtest, check_equal, fold
-from shadow.behaviour import CLASSES
-from shadow.effect import Range
+from shadow.evaluation.behaviour import CLASSES
+from shadow.evaluation.effect import Range
+from shadow.evaluation.register import Terms, register, run_of
 from shadow.history import STREAMS, entries
 from shadow.pipeline import Pipeline, Settings
 from shadow.records import BarRow, Commit, Output, decode_comparison, encode
-from shadow.register import Terms, register, run_of
-from shadow.report import read_report
+from shadow.reporting.report import read_report
 from shadow.store import RECORDS, StoreReader
 
 

@@ -15,11 +15,11 @@ import pytest
 
 from rlv3.market import simulate
 from rlv3.policy import Policy, shipped_policy
-from shadow import render
 from shadow.backtest import backtest
+from shadow.evaluation.register import Terms, register, run_of
 from shadow.pipeline import Settings
-from shadow.register import Terms, register, run_of
-from shadow.report import read_report
+from shadow.reporting import render
+from shadow.reporting.report import read_report
 from shadow.rl_v2 import QTables
 
 PICTURES = Path(__file__).resolve().parents[2] / "out" / "test-system"

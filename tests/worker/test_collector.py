@@ -20,11 +20,11 @@ import pytest
 import redis
 
 from rlv3.errors import DataError, UserError
+from shadow.evaluation.register import Terms, register
+from shadow.evaluation.registration import Frozen
+from shadow.evaluation.streaming import read_state
 from shadow.records import ArmBar, BarRow, LedgerRow, RunRow, UnpairedRow, encode
-from shadow.register import Terms, register
-from shadow.registration import Frozen
 from shadow.store import StoreReader, StoreWriter
-from shadow.streaming import read_state
 from worker.collector import collect
 from worker.embedded import RedisServer, leashed
 from worker.errors import RedisUnavailable

@@ -1,0 +1,1 @@
+"""What is measured of both policies, and what follows? Bars, batches, gates, registration."""

@@ -1,0 +1,1 @@
+"""How is a store told to a reader? The report, as page, terminal summary and JSON."""
