@@ -42,7 +42,7 @@ from rlv3.events import (
     Tick,
     V2Decision,
 )
-from shadow.records import MAX_ID_MS, Entry, iso, record_id
+from shadow.records import Entry, iso, record_id
 
 REPLAY = "rl_v3.replay"
 """Our own stream of dead letters' entries, sent in again."""
@@ -729,9 +729,13 @@ def _plain_tick(entry: Entry) -> Tick | None:
     symbol = tick.symbol
     price = tick.price
     time_us = _time_us(tick.timestamp)
-    trace_id = tick.trace_id or _text(fields.get(b"trace_id") or b"")
-    correlation_id = tick.correlation_id or _text(fields.get(b"correlation_id") or b"")
-    source = tick.source or _text(fields.get(b"source") or b"")
+    trace_id, correlation_id, source = tick.trace_id, tick.correlation_id, tick.source
+    if not trace_id:
+        trace_id = _text(raw) if (raw := fields.get(b"trace_id")) else ""
+    if not correlation_id:
+        correlation_id = _text(raw) if (raw := fields.get(b"correlation_id")) else ""
+    if not source:
+        source = _text(raw) if (raw := fields.get(b"source")) else ""
     if (
         time_us is None
         or not MIN_PRICE <= price <= MAX_PRICE
@@ -741,7 +745,7 @@ def _plain_tick(entry: Entry) -> Tick | None:
         or len(source) > MAX_ID_CHARS
     ):
         return None
-    id_ms = min(int(entry_id.partition("-")[0]), MAX_ID_MS)
+    id_ms = entry.id_ms
     ts_us, future = _event_time(time_us, id_ms)
     ref = EntryRef(stream, event_type, entry_id, id_ms, trace_id, correlation_id, source, future)
     volume = _volume(tick.volume, tick.qty)

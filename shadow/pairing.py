@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import msgspec
+
 RING = 64
 _MAIN_CELLS = tuple(f"m{slot}" for slot in range(RING))
 _ADVISORY_CELLS = tuple(f"a{slot}" for slot in range(RING))
@@ -20,8 +22,8 @@ REFERENCE, BUS = 1, 2
 """Bits of `Candidate.taken`: one to one holds per opponent."""
 
 
-class Candidate(NamedTuple):
-    """A v3 decision that a v2 decision may be paired with."""
+class Candidate(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """A v3 decision that a v2 decision may be paired with; stored as an array of its fields."""
 
     decision_id: str
     stream: str
@@ -104,8 +106,8 @@ class Unmatched(NamedTuple):
 
 
 def _taken(candidate: Candidate, v2: OpenV2) -> Candidate:
-    return candidate._replace(
-        taken=candidate.taken | v2.bit, taken_by=(*candidate.taken_by, v2.decision_id)
+    return msgspec.structs.replace(
+        candidate, taken=candidate.taken | v2.bit, taken_by=(*candidate.taken_by, v2.decision_id)
     )
 
 
@@ -147,7 +149,7 @@ class Pairing:
         """Keep a new v3 decision; return the open v2 decisions it settles, and what it evicts."""
         gone: list[Unmatched] = []
         matches: list[Match] = []
-        for v2 in list(self.open_v2) if self.open_v2 else ():
+        for v2 in tuple(self.open_v2):
             rule = exact_rule(v2, candidate)
             if rule == 4 and not self._may(v2, candidate):
                 continue
@@ -243,7 +245,7 @@ class Pairing:
             reason = "opponent_off" if opponent_off else "missing_v2"
             done.append(Unmatched.v3(candidate, reason))
             # reported once, and no longer a candidate: it must not be paired as well
-            self.main[slot] = candidate._replace(taken=REFERENCE | BUS)
+            self.main[slot] = msgspec.structs.replace(candidate, taken=REFERENCE | BUS)
             self.dirty.add(f"m{slot}")
         self.deadline = deadline
         return done
@@ -268,6 +270,10 @@ class Pairing:
             return Unmatched.v2(v2, reason)
         return Match(v2, self._take("m", best[2], v2), 5)
 
+    def slot(self, name: str) -> Candidate | None:
+        """Return what a ring slot holds, by the name of its cell."""
+        return (self.main if name[0] == "m" else self.advisory)[int(name[1:])]
+
     def dump(self) -> tuple[Any, ...]:
         """Return what is not in a ring slot."""
         return self.n_main, self.n_advisory, self.open_v2, self.deadline
@@ -278,6 +284,8 @@ class Pairing:
         self.open_v2 = [OpenV2(*v) for v in open_v2]
         for name, value in slots.items():
             ring = self.main if name[0] == "m" else self.advisory
-            facts = [*value, ()][: len(Candidate._fields)]  # an earlier version had no taken_by
+            facts = [*value, ()][
+                : len(Candidate.__struct_fields__)
+            ]  # an earlier version had no taken_by
             facts[-1] = tuple(facts[-1])
             ring[int(name[1:])] = Candidate(*facts)

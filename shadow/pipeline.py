@@ -100,7 +100,7 @@ class Settings:
     """The v2 arm is v3 again (`backtest --self`)."""
     risk: RiskLimits | None = None
     """Limits that every decision is annotated with, and that an arm of their own obeys."""
-    max_events: int = 64
+    max_events: int = 32
     """Entries per commit; batch limits change no result."""
     max_bytes: int = 65_536
     """Bytes per commit, about."""
@@ -218,6 +218,7 @@ class Pipeline:
 
     def _serve(self, policy: Policy) -> None:
         self.policy = policy
+        self._digest = policy.digest
         self._use_masks = policy.metadata["mask_rule"] != "none"
 
     # -- a run's life ----------------------------------------------------------------------------
@@ -548,7 +549,8 @@ class Pipeline:
         market = state.market
         ts_us, price = tick.ts_us, tick.price
         stale = self._stale(tick.ref, ts_us)
-        if state.seen(ts_us, price, tick.volume):
+        identity = (ts_us, price, tick.volume)
+        if state.seen(identity):
             return "stale" if stale else "duplicate"
         if ts_us < market.last_ts_us:
             return "stale" if stale else "late"
@@ -556,7 +558,7 @@ class Pipeline:
         state.open_dirty = True
         if ts_us > state.now_us:
             self._advance(state, ts_us)
-        state.remember(ts_us, price, tick.volume)
+        state.remember(identity)
         closed = market.on_tick(
             ts_us, price, None if tick.synthetic else tick.volume, tick.bid, tick.ask, tick.side
         )
@@ -907,16 +909,20 @@ class Pipeline:
 
     def _complete(self, job: _Job, action: int, probs: list[float], value: float) -> None:
         """Turn the network's answer into a decision, its output and a pairing candidate."""
-        state, ref = job.state, job.ref
-        digest = self.policy.digest
-        chosen = decision_id(ref.stream, ref.entry_id, digest)
-        trace_id = ref.trace_id or chosen
-        target = job.target
-        if job.kind == "step":
-            target = state.v3.target = v3_target(action, job.target, self.settings.costs)
-        stamp = iso(job.ts_us)
-        missing = job.missing
-        zone = min(max(1.0 + value / 20.0, 0.5), 1.5)
+        state, ref, kind = job.state, job.ref, job.kind
+        digest = self._digest
+        stream, entry_id, event_type = ref.stream, ref.entry_id, ref.event_type
+        source_trace, correlation_id = ref.trace_id, ref.correlation_id
+        chosen = decision_id(stream, entry_id, digest)
+        trace_id = source_trace or chosen
+        target, exposure, warm, missing = job.target, job.exposure, job.warm, job.missing
+        if kind == "step":
+            target = state.v3.target = v3_target(action, target, self.settings.costs)
+        ts_us = job.ts_us
+        stamp = iso(ts_us)
+        confidence = probs[action]
+        zone = 1.0 + value / 20.0
+        zone = 0.5 if zone < 0.5 else min(zone, 1.5)
         allowed: bool | None = None
         reason: str | None = None
         if job.entry is not None:
@@ -925,37 +931,35 @@ class Pipeline:
                 self.vetoes[reason] = self.vetoes.get(reason, 0) + 1
         payload = self._encode_decision(
             Decision(  # by position: 39 names would take longer than to encode them
-                state.symbol, stamp, action, probs[action], value, "RL_V3_PPO", True, trace_id,
+                state.symbol, stamp, action, confidence, value, "RL_V3_PPO", True, trace_id,
                 {
                     "price": job.price,
                     "volatility": job.raw[3],
                     "prediction": job.prediction,
-                    "position_size": job.exposure,
+                    "position_size": exposure,
                 },
-                SCHEMA_VERSION, chosen, job.kind, ACTION_TABLE[action], tuple(probs),
-                _entropy(probs), v3_direction(action), target, job.standing_id, job.warm,
+                SCHEMA_VERSION, chosen, kind, ACTION_TABLE[action], tuple(probs),
+                _entropy(probs), v3_direction(action), target, job.standing_id, warm,
                 {
                     "missing_mask": missing,
                     "present": N_FEATURES - missing.bit_count(),
                     "of": N_FEATURES,
                 },
                 min(1.0, abs(value) / 10.0), zone, TP_PCT * zone, digest[:12], digest,
-                self.feature_version, stamp, ref.event_type, ref.stream, ref.entry_id,
-                ref.trace_id, ref.correlation_id, self.run_id, self._now_ms - ref.id_ms, allowed,
-                reason,
+                self.feature_version, stamp, event_type, stream, entry_id, source_trace,
+                correlation_id, self.run_id, self._now_ms - ref.id_ms, allowed, reason,
             )
         )  # fmt: skip
         self._bytes += len(payload) + 250
-        self._outputs[job.slot] = Output("rl_v3.decision", payload, trace_id, ref.correlation_id)
+        self._outputs[job.slot] = Output("rl_v3.decision", payload, trace_id, correlation_id)
         self.decisions += 1
-        self.actions[job.kind][action] += 1
+        self.actions[kind][action] += 1
         if not job.pairs:
             return
         matches, gone = state.pairing.add(
             Candidate(
-                chosen, ref.stream, ref.entry_id, ref.trace_id, ref.correlation_id, job.ts_us,
-                ref.event_type, job.kind, action, probs[action], job.exposure, target, job.warm,
-                job.signal,
+                chosen, stream, entry_id, source_trace, correlation_id, ts_us, event_type, kind,
+                action, confidence, exposure, target, warm, job.signal,
             ),
             self._window_ai_us,
         )  # fmt: skip

@@ -34,6 +34,10 @@ _head = struct.Struct(">BI").pack
 _TICK_CELLS = tuple(f"d{slot}" for slot in range(RING))
 
 
+SeenTick = tuple[int, float, float | None]
+"""Time, price and volume: what makes two ticks of a symbol the same one."""
+
+
 class StateError(ValueError):
     """A state cell is damaged or of an unknown version: the symbol restarts cold and flat."""
 
@@ -88,8 +92,8 @@ class SymbolState:
         self.reference = reference
         self.guard = guard
         self.pairing = Pairing()
-        self._recent: list[tuple[int, float, float | None] | None] = [None] * RING
-        self._known: set[tuple[int, float, float | None]] = set()
+        self._recent: list[SeenTick | None] = [None] * RING
+        self._known: set[SeenTick] = set()
         self.n_recent = 0
         self.now_us = -1  # newest event time of any of its events
         self.standing_id: str | None = None
@@ -106,17 +110,16 @@ class SymbolState:
         self.open_dirty = self.arms_dirty = self.closed_dirty = self.guard_dirty = False
         self.dirty_slots: set[int] = set()
 
-    def seen(self, ts_us: int, price: float, volume: float | None) -> bool:
+    def seen(self, tick: SeenTick) -> bool:
         """Return True when the same tick is among the last 64 folded ones."""
-        return (ts_us, price, volume) in self._known
+        return tick in self._known
 
-    def remember(self, ts_us: int, price: float, volume: float | None) -> None:
+    def remember(self, tick: SeenTick) -> None:
         """Keep a folded tick for `seen`."""
         slot = self.n_recent % RING
         old = self._recent[slot]
         if old is not None:
             self._known.discard(old)
-        tick = (ts_us, price, volume)
         self._recent[slot] = tick
         self._known.add(tick)
         self.dirty_slots.add(slot)
@@ -150,18 +153,13 @@ class SymbolState:
         """Return the cells that changed since the last call."""
         cells: dict[str, bytes] = {}
         if self.open_dirty:
+            ticks = self.v3.dump_tick(), self.v2.dump_tick(), self.follow_signal.dump_tick()
             cells["open"] = pack(
                 (
-                    self.market.dump_open(),
-                    [arm.dump_tick() for arm in self.arms()],
-                    self.pairing.dump(),
-                    self.n_recent,
-                    self.now_us,
-                    self.owed,
-                    self.gap,
-                    self.marks,
+                    self.market.dump_open(), ticks, self.pairing.dump(), self.n_recent,
+                    self.now_us, self.owed, self.gap, self.marks,
                 )
-            )
+            )  # fmt: skip
         if self.arms_dirty:
             cells["arms"] = pack(
                 (
@@ -180,14 +178,14 @@ class SymbolState:
             cells["closed"] = pack((self.market.dump_closed(), self.regime, memory))
         if self.guard is not None and self.guard_dirty:
             cells["guard"] = pack(self.guard.dump())
+        recent, pairing = self._recent, self.pairing
         for slot in self.dirty_slots:
-            cells[_TICK_CELLS[slot]] = pack(self._recent[slot])
-        for name in self.pairing.dirty:
-            ring = self.pairing.main if name[0] == "m" else self.pairing.advisory
-            cells[name] = pack(ring[int(name[1:])])
+            cells[_TICK_CELLS[slot]] = pack(recent[slot])
+        for name in pairing.dirty:
+            cells[name] = pack(pairing.slot(name))
         self.open_dirty = self.arms_dirty = self.closed_dirty = self.guard_dirty = False
         self.dirty_slots.clear()
-        self.pairing.dirty.clear()
+        pairing.dirty.clear()
         return cells
 
     def load(self, cells: Mapping[str, bytes]) -> None:

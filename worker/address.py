@@ -15,16 +15,31 @@ counts as gone.
 from __future__ import annotations
 
 import inspect
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
+import redis.exceptions
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.backoff import NoBackoff
+
+from worker.errors import RedisUnavailable
 
 SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "rediss+sentinel://")
+SOCKET_TIMEOUT_S = 10.0  # above every block time that is used with `connected`
+CONNECT_TIMEOUT_S = 5.0
 _SENTINEL_PORT = 26_379
 _OF_SENTINELS = ("retry", "protocol", "driver_info", "lib_name", "lib_version")
+AWAY = (
+    redis.exceptions.ConnectionError,  # refused, cut, loading, wrong password
+    redis.exceptions.TimeoutError,
+    redis.exceptions.ResponseError,  # read-only, out of memory, no permission
+)
+"""What a running reader answers by backing off: the server is away, or refuses us for now."""
 
 
 def shown(url: str) -> str:
@@ -95,6 +110,33 @@ def open_client(url: str, **options: Any) -> Redis:
         ValueError: it is no URL that we take.
     """
     return Redis.from_pool(open_pool(url, **options))
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Redis]:
+    """Open a client that never repeats a command by itself and never waits for ever.
+
+    Raises:
+        RedisUnavailable: the server does not answer, or refuses us.
+    """
+    place = shown(url).partition("://")[2]
+    try:
+        link = open_client(
+            url,
+            protocol=2,
+            socket_timeout=SOCKET_TIMEOUT_S,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            **quiet(),
+        )
+    except ValueError as error:
+        raise RedisUnavailable(f"expected a Redis URL, found {place!r}: {error}") from error
+    async with link:
+        try:
+            await link.ping()
+        except (redis.exceptions.RedisError, OSError) as error:
+            raise RedisUnavailable(f"expected a Redis at {place}, found: {error}") from error
+        yield link
 
 
 def _place(text: str) -> tuple[str, int]:

@@ -143,6 +143,10 @@ _ACQUIRE, _COMMIT, _TRIM, _PUBLISH = (
 )
 
 
+_EMPTY = b"$0\r\n\r\n"
+"""An empty argument, as it ends a packed command."""
+
+
 class _Link:
     """One connection without retries; a command list is one round trip."""
 
@@ -158,13 +162,16 @@ class _Link:
 
     async def send(self, *commands: Sequence[Any]) -> list[Any]:
         """Send commands and return their replies; an error reply is returned, not raised."""
+        return await self._send([pack_command(tuple(command)) for command in commands])
+
+    async def _send(self, packed: Sequence[bytes], parts: int = 1) -> list[Any]:
+        """Send packed commands, each in so many parts, and return their replies."""
         link = self._connection
         try:
-            packed = b"".join([pack_command(tuple(command)) for command in commands])
             if not link.is_connected:
                 await link.connect()  # sending opens a connection as well, but asks no Sentinel
             await link.send_packed_command(packed, check_health=False)
-            return [await self._reply() for _ in commands]
+            return [await self._reply() for _ in range(len(packed) // parts)]
         except (RedisError, OSError) as error:
             await self.close()
             raise BusError(f"{self.url}: {error}") from error
@@ -186,12 +193,27 @@ class _Link:
         results: list[Any] = self._checked(replies[-1])
         return results
 
-    async def script(self, script: _Script, keys: Sequence[str], args: Iterable[Any]) -> list[Any]:
-        """Run a script by its hash, with its text where the server does not know it yet."""
+    async def script(
+        self,
+        script: _Script,
+        keys: Sequence[str],
+        args: Iterable[Any],
+        body: bytes | None = None,
+    ) -> list[Any]:
+        """Run a script by its hash, with its text where the server does not know it yet.
+
+        Args:
+            body: a last argument that is long, so it is not copied into the command.
+        """
         rest = (len(keys), *keys, *args)
-        (reply,) = await self.send(("EVALSHA", script.sha, *rest))
-        if isinstance(reply, NoScriptError):
-            (reply,) = await self.send(("EVAL", script.text, *rest))
+        for command in (("EVALSHA", script.sha, *rest), ("EVAL", script.text, *rest)):
+            if body is None:
+                (reply,) = await self.send(command)
+            else:
+                head = pack_command((*command, b"")).removesuffix(_EMPTY)
+                (reply,) = await self._send((b"%b$%d\r\n" % (head, len(body)), body, b"\r\n"), 3)
+            if not isinstance(reply, NoScriptError):
+                break
         result: list[Any] = self._checked(reply)
         return result
 
@@ -573,7 +595,7 @@ class Bus:
         keys, body = self._script_arguments(commit, fresh, forget)
         now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
         status, *details = await self._sink.script(
-            _COMMIT, keys, (self.epoch, self._stored, stored, now, SOURCE, body)
+            _COMMIT, keys, (self.epoch, self._stored, stored, now, SOURCE), body
         )
         self._check_owner(status, details)
         if status == b"CONFLICT":
@@ -706,25 +728,24 @@ def release(
     lasts = [entry_key(rows[-1][0].decode()) for _, _, _, rows in found]
     if len(found) == 1 and lasts[0][0] < time_ms:  # one stream is in order already
         _, key, event_type, rows = found[0]
-        return (
-            [Entry(key, event_type, entry_id.decode(), _pairs(flat)) for entry_id, flat in rows],
-            None,
-            0,
-        )
+        return [_entry(key, event_type, row) for row in rows], None, 0
     cut = [last for last, (_, _, _, rows) in zip(lasts, found, strict=True) if len(rows) >= count]
     limit = min(cut, default=None)
     due: list[tuple[int, int, int, Entry]] = []
     held: int | None = None
     ahead = 0
-    for rank, key, event_type, rows in found:
+    for last, (rank, key, event_type, rows) in zip(lasts, found, strict=True):
+        whole = last[0] < time_ms and (limit is None or last <= limit)
         for row in rows:
             entry = _entry(key, event_type, row)
-            ms, seq = entry_key(entry.entry_id)
-            if ms > time_ms + AHEAD_MS:
-                ahead += 1
-            elif ms >= time_ms or (limit is not None and (ms, seq) > limit):
-                held = ms if held is None else min(held, ms)
-                break
+            first, _, second = entry.entry_id.partition("-")
+            ms, seq = int(first), int(second)
+            if not whole:
+                if ms > time_ms + AHEAD_MS:
+                    ahead += 1
+                elif ms >= time_ms or (limit is not None and (ms, seq) > limit):
+                    held = ms if held is None else min(held, ms)
+                    break
             due.append((ms, seq, rank, entry))
     due.sort()
     return [entry for _, _, _, entry in due], held, ahead
@@ -737,8 +758,7 @@ def _entry(key: str, event_type: str, row: Any) -> Entry:
 
 def _pairs(flat: Sequence[Any]) -> dict[Any, Any]:
     """Return a flat reply of names and values as a dictionary."""
-    values = iter(flat)
-    return dict(zip(values, values, strict=True))
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _info_commands(streams: Iterable[str]) -> list[tuple[str, ...]]:
@@ -762,8 +782,10 @@ def _counts(meta: Mapping[bytes, bytes]) -> dict[tuple[str, str], int]:
 
 def _dump_cursors(cursors: Mapping[str, str], seq: int) -> str:
     """Return the cursors field: one canonical text, compared as such by the script."""
-    return json.dumps({**cursors, "seq": seq}, sort_keys=True, separators=(",", ":"))
+    return _canonical({**cursors, "seq": seq}).decode()
 
+
+_canonical = msgspec.json.Encoder(order="sorted").encode
 
 # text and bytes alike as raw strings, which is what the server's Lua reads
 _pack = msgpack.Packer(use_bin_type=False).pack

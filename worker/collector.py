@@ -20,12 +20,11 @@ from rlv3.errors import DataError, UserError
 from shadow.evaluation.streaming import Keeper
 from shadow.segments import START, parse_id
 from shadow.store import StoreWriter
+from worker.address import AWAY, connected
 from worker.keys import Keys
 from worker.tail import (
-    AWAY,
     Backoff,
     Reply,
-    connected,
     copy_artifact,
     missed,
     read,

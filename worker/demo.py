@@ -47,10 +47,11 @@ from shadow.records import (
     decode_comparison,
     decode_decision,
 )
+from worker.address import AWAY, connected
 from worker.embedded import RedisServer, leashed
 from worker.errors import CheckFailed
 from worker.keys import Keys
-from worker.tail import AWAY, connected, read
+from worker.tail import read
 
 BARS = 240
 MIN_BARS = 120

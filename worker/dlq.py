@@ -21,11 +21,10 @@ from rlv3 import console
 from rlv3.errors import ConfigError
 from shadow import codec
 from shadow.records import Entry
-from worker.address import shown
+from worker.address import connected, shown
 from worker.bus import KEPT
 from worker.errors import CheckFailed, RedisUnavailable
 from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY, Keys
-from worker.tail import connected
 
 DECIDED = ("market.tick", "signal.generated", "ai.signal_generated")
 """Inputs whose entries are decided; a replay of any other would have no effect."""

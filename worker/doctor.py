@@ -17,14 +17,14 @@ from rich.table import Table
 
 from rlv3 import console
 from rlv3.errors import PolicyError
-from worker.address import shown
+from worker.address import connected, shown
 from worker.artifact import load_policy
 from worker.bus import MIN_VERSION
 from worker.config import WorkerConfig
 from worker.errors import CheckFailed
 from worker.keys import Keys
 from worker.permission import Harm, harm
-from worker.tail import connected, stream_info
+from worker.tail import stream_info
 
 Status = Literal["ok", "note", "warning", "danger"]
 STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "danger": "bold red"}

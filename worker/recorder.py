@@ -44,11 +44,10 @@ from shadow.segments import (
     write_durably,
 )
 from shadow.store import COMPARISONS, decode_record
+from worker.address import AWAY, connected
 from worker.keys import Keys
 from worker.tail import (
-    AWAY,
     Backoff,
-    connected,
     copy_artifact,
     missed,
     stop_on_signals,

@@ -9,62 +9,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import signal
-from collections.abc import AsyncIterator, Mapping, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import redis.exceptions
 import structlog
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from shadow.segments import START, parse_id, write_durably
-from worker.address import open_client, quiet, shown
-from worker.errors import RedisUnavailable
 from worker.keys import Keys
 
-SOCKET_TIMEOUT_S = 10.0  # above every block time that is used here
-CONNECT_TIMEOUT_S = 5.0
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-
-AWAY = (
-    redis.exceptions.ConnectionError,  # refused, cut, loading, wrong password
-    redis.exceptions.TimeoutError,
-    redis.exceptions.ResponseError,  # read-only, out of memory, no permission
-)
-"""What a running reader answers by backing off: the server is away, or refuses us for now."""
 
 Reply = list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]
 log = structlog.get_logger()
-
-
-@asynccontextmanager
-async def connected(url: str) -> AsyncIterator[Redis]:
-    """Open a client that never repeats a command by itself and never waits for ever.
-
-    Raises:
-        RedisUnavailable: the server does not answer, or refuses us.
-    """
-    place = shown(url).partition("://")[2]
-    try:
-        link = open_client(
-            url,
-            protocol=2,
-            socket_timeout=SOCKET_TIMEOUT_S,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            **quiet(),
-        )
-    except ValueError as error:
-        raise RedisUnavailable(f"expected a Redis URL, found {place!r}: {error}") from error
-    async with link:
-        try:
-            await link.ping()
-        except (redis.exceptions.RedisError, OSError) as error:
-            raise RedisUnavailable(f"expected a Redis at {place}, found: {error}") from error
-        yield link
 
 
 class Backoff:

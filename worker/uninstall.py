@@ -16,12 +16,11 @@ from rich.table import Table
 
 from rlv3 import console
 from rlv3.errors import ConfigError
-from worker.address import shown
+from worker.address import connected, shown
 from worker.bus import SOURCE
 from worker.config import WorkerConfig
 from worker.errors import CheckFailed
 from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY, Keys
-from worker.tail import connected
 
 Chunk = list[tuple[bytes, dict[bytes, bytes]]]
 _CHUNK = 500

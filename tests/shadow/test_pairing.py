@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from msgspec.structs import astuple
+
 from shadow.pairing import BUS, REFERENCE, RING, Candidate, Match, OpenV2, Pairing, Unmatched
 
 S = 1_000_000
@@ -126,7 +128,9 @@ def test_dump_and_load_keep_candidates_and_open_decisions() -> None:
     one.add(v3("b", 2, kind="advisory", entry="2-2"), WINDOW)
     one.offer(v2("x", 90 * S))
     two = Pairing()
-    slots = {name: tuple(c) for name, c in (("m0", one.main[0]), ("a0", one.advisory[0])) if c}
+    slots = {
+        name: list(astuple(c)) for name, c in (("m0", one.main[0]), ("a0", one.advisory[0])) if c
+    }
     two.load([list(v) if isinstance(v, list) else v for v in one.dump()], slots)
     assert two.main[0] == one.main[0]
     assert two.advisory[0] == one.advisory[0]
@@ -187,5 +191,5 @@ def test_a_decision_that_comes_again_is_a_duplicate_paired_or_open() -> None:
 def test_slots_of_an_earlier_version_are_read() -> None:
     one, two = Pairing(), Pairing()
     candidate = v3("a", 1, entry="1-1")
-    two.load(one.dump(), {"m0": list(candidate)[:-1]})
+    two.load(one.dump(), {"m0": list(astuple(candidate))[:-1]})
     assert two.main[0] == candidate

@@ -24,7 +24,7 @@ from rlv3.errors import ConfigError
 from tests.acl import ENABLED
 from tests.conftest import TIER_7
 from worker import logs
-from worker.address import open_pool, shown
+from worker.address import connected, open_pool, shown
 from worker.artifact import load_policy
 from worker.bus import Bus
 from worker.config import load_config
@@ -32,7 +32,6 @@ from worker.embedded import RedisServer, ServerBinary, leashed
 from worker.errors import RedisUnavailable
 from worker.keys import Keys
 from worker.service import Worker
-from worker.tail import connected
 
 pytestmark = pytest.mark.skipif(ENABLED, reason="logs in as users of its own")
 KEYS = Keys()

@@ -13,6 +13,7 @@ import redis
 from tests.acl import ENABLED, FILE, users
 from tests.conftest import TIER_7
 from worker import logs
+from worker.address import connected
 from worker.artifact import load_policy
 from worker.bus import Bus
 from worker.config import load_config
@@ -21,7 +22,6 @@ from worker.errors import CheckFailed
 from worker.keys import OTHERS, Keys
 from worker.permission import Harm, harm
 from worker.service import Worker
-from worker.tail import connected
 
 pytestmark = pytest.mark.skipif(ENABLED, reason="gives users of its own")
 KEYS = Keys()
