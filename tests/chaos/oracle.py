@@ -54,9 +54,17 @@ def fold(pipeline: Pipeline, history: Sequence[Entry]) -> list[Output]:
     return outputs
 
 
-def undisturbed(history: Sequence[Entry], policy: Path) -> tuple[list[Output], dict[str, int]]:
-    """Fold the history in this process, once, from 0-0 to an orderly stop."""
+def undisturbed(
+    history: Sequence[Entry], policy: Path, *, counted: bool = False
+) -> tuple[list[Output], dict[str, int]]:
+    """Fold the history in this process, once, from 0-0 to an orderly stop.
+
+    Args:
+        counted: losses are counted, as they are from Redis 7 on.
+    """
     pipeline = pipeline_for(policy)
+    if counted:
+        pipeline.count_losses(pipeline.inputs)
     start = pipeline.begin({KEYS.stream(name): "0-0" for name in pipeline.inputs})
     outputs = [*start.outputs, *fold(pipeline, history), *pipeline.stop().outputs]
     return outputs, named(pipeline.counts)
