@@ -9,6 +9,7 @@ up (`bench/load.py`). Figures are printed as they come, misses included.
     latency     from a tick's XADD to its decision's at 500, 2,000 and 10,000 events a second
     bus         what a producer and another consumer group notice
     recovery    kill -9 to the first new decision, SIGTERM to exit
+    start       exec to the first decision without and with state; memory at 200 symbols
     audit       how fast a recording is proved
     memory      over a million events at 30, 200 and 1,000 symbols: minutes, so only when named
 
@@ -59,7 +60,7 @@ CALM = {
     "auto-aof-rewrite-percentage": "0",
     "slowlog-log-slower-than": "1000",
 }
-ESSENTIAL = ("throughput", "steps", "peers", "latency", "bus", "recovery")
+ESSENTIAL = ("throughput", "steps", "peers", "latency", "bus", "recovery", "start")
 RATES = (500, 2_000, 10_000)
 PAIRS = 5
 WINDOW_S = 3.0
@@ -474,6 +475,73 @@ def _seconds(values: list[float]) -> str:
     return ", ".join(f"{value:.2f}" for value in values) + " s"
 
 
+def start(args: argparse.Namespace) -> None:
+    """Start with a tick waiting, after one start that warms the disk; then watch memory.
+
+    The clock runs from just before the program is executed to the id that Redis gives its decision.
+    """
+    for symbols in (0, 200):
+        with bench_redis() as (server, link):
+            if symbols:
+                _leave_state(link, server, symbols)
+            taken = []
+            for n in range(1 + args.rounds):
+                if not symbols:
+                    link.flushall()
+                _append_tick(link, n)
+                took = _first_decision(link, server)
+                taken += [took] if n else []
+            print(
+                f"start      exec to the first decision, state of {symbols:>3} symbols: "
+                f"{_seconds(taken)}, median {statistics.median(taken):.2f} s"
+            )
+            if symbols:
+                print(f"start      {_memory_after(link, server, args.start_events, symbols)}")
+
+
+def _leave_state(link: redis.Redis, server: RedisServer, symbols: int) -> None:
+    publish(link, load.warm_up(symbols))
+    with worker(server.url) as process:
+        until(process, lambda: decided(link) >= symbols * load.WARM_BARS)
+        process.terminate()
+        process.wait(PATIENCE_S)
+
+
+def _append_tick(link: redis.Redis, n: int) -> None:
+    body = {"symbol": "SYM000USDT", "price": 100.0 + n, "timestamp": time.time()}
+    link.xadd(KEYS.stream(load.TICK), {"payload": json.dumps(body)})
+
+
+def _first_decision(link: redis.Redis, server: RedisServer) -> float:
+    """Return the seconds of a start; the worker stops in order then."""
+
+    def newest() -> str:
+        found: Any = link.xrevrange(KEYS.decisions, count=1)
+        return found[0][0].decode() if found else "0-0"
+
+    before, began_ms = newest(), time.time() * 1_000
+    with worker(server.url) as process:
+        until(process, lambda: newest() != before)
+        found: Any = link.xrange(KEYS.decisions, f"({before}", "+", 1)
+        process.terminate()
+        process.wait(PATIENCE_S)
+    return (_ms(found[0][0].decode()) - began_ms) / 1e3
+
+
+def _memory_after(link: redis.Redis, server: RedisServer, events: int, symbols: int) -> str:
+    with worker(server.url) as process:
+        rows = load.entries(events, symbols, start_ms=int(time.time() * 1_000) + 1_000)
+        begun, sent, waiting = decided(link), 0, iter(rows)
+        while chunk := list(islice(waiting, 10_000)):
+            sent += publish(link, chunk)
+            until(process, lambda goal=begun + sent: decided(link) >= goal)
+            link.xtrim(KEYS.stream(load.TICK), maxlen=1_000)
+        return (
+            f"resident memory of {symbols} symbols after {events:,} events: "
+            f"{rss_mb(process.pid):.1f} MB"
+        )
+
+
 def audit(args: argparse.Namespace) -> None:
     """Record a stream, then fold the recording again and compare every decision."""
     symbols, n = 30, args.events
@@ -530,7 +598,7 @@ def memory(args: argparse.Namespace) -> None:
 
 PARTS = {
     part.__name__: part
-    for part in (throughput, steps, peers, latency, bus, recovery, audit, memory)
+    for part in (throughput, steps, peers, latency, bus, recovery, start, audit, memory)
 }
 
 
@@ -543,6 +611,7 @@ def main() -> None:
     parser.add_argument("--symbols", type=int, nargs="+", default=[1, 30, 500])
     parser.add_argument("--form", nargs="+", choices=("json", "msgpack"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--start-events", type=int, default=100_000)
     parser.add_argument("--memory-events", type=int, default=1_000_000)
     args = parser.parse_args()
     args.form = args.form or ["json", "msgpack"]

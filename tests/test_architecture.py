@@ -176,7 +176,7 @@ def test_nothing_of_http_is_on_the_path_of_the_worker() -> None:
         ("rlv3.policy", {"torch", "gymnasium", "redis"}),
         ("shadow.cli", {"torch", "gymnasium", "redis"}),
         ("worker.cli", {"torch", "gymnasium", *HTTP}),
-        ("worker.service", {"torch", "gymnasium", "scipy", *HTTP}),
+        ("worker.service", {"torch", "gymnasium", "scipy", "duckdb", *HTTP}),
         ("worker.collector", {"torch", "gymnasium", "scipy"}),
         ("worker.api", {"torch", "gymnasium", "duckdb"}),
     ],
