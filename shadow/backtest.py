@@ -126,6 +126,7 @@ def backtest(
     )
     tables = QTables.load(rl_v2_tables) if settings.rl_v2 == "reference" else None
     pipeline = Pipeline(policy, tables, settings, history.inputs)
+    pipeline.keeps_state = False
     if recording is None:
         pipeline.count_losses(history.inputs)  # files are read whole
     started = time.perf_counter()

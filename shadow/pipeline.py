@@ -178,6 +178,8 @@ class Pipeline:
         self.counts: dict[tuple[str, str], int] = {}
         self.run_id = ""
         self.symbols: dict[str, SymbolState] = {}
+        self.keeps_state = True
+        """False makes commits without cells, for a fold that nobody will continue."""
         self.decisions = 0
         self.pairs = 0
         self.actions = {kind: [0] * len(ACTION_TABLE) for kind in ("step", "advisory")}
@@ -1171,17 +1173,10 @@ class Pipeline:
 
     def _finish(self, cursors: dict[str, str], taken: int) -> Commit:
         """Collect what the batch produced and changed, and start the next one empty."""
-        cells = {symbol: state.take_cells() for symbol, state in self._touched.items()}
-        if self._own_dirty or taken:
-            own = (
-                self.run_id, self._ledger_minute, self.decisions, self.pairs, self._streams,
-                self.lost, self.marks, self._newest, self.kills,
-            )  # fmt: skip
-            cells[""] = {"own": pack(own), **self._own_cells}
-            self._own_cells = {}
+        cells = self._cells(taken > 0) if self.keeps_state else {}
         commit = Commit(
             outputs=[output for output in self._outputs if output is not None],
-            cells={symbol: changed for symbol, changed in cells.items() if changed},
+            cells=cells,
             cursors=cursors,
             counts={key: self.counts[key] for key in self._changed},
             taken=taken,
@@ -1192,6 +1187,21 @@ class Pipeline:
         self._touched = {}
         self._own_dirty = False
         return commit
+
+    def _cells(self, folded: bool) -> dict[str, dict[str, bytes]]:
+        """Return the cells that changed; the own one changes with every entry that was folded."""
+        cells = {}
+        for symbol, state in self._touched.items():
+            if changed := state.take_cells():
+                cells[symbol] = changed
+        if self._own_dirty or folded:
+            own = (
+                self.run_id, self._ledger_minute, self.decisions, self.pairs, self._streams,
+                self.lost, self.marks, self._newest, self.kills,
+            )  # fmt: skip
+            cells[""] = {"own": pack(own), **self._own_cells}
+            self._own_cells = {}
+        return cells
 
     def snapshot(self) -> dict[str, Any]:
         """Return what a heartbeat or a live table shows, as plain values."""

@@ -236,8 +236,8 @@ class Reading:
         """Yield the entries of one input in id order."""
         stream = self.streams[name]
         for entry_id, flat in self._entries(name):
-            values = iter(flat)
-            yield Entry(stream, name, entry_id.decode(), dict(zip(values, values, strict=True)))
+            fields = dict(zip(flat[::2], flat[1::2], strict=True))
+            yield Entry(stream, name, entry_id.decode(), fields)
 
     def marks(self) -> list[Mark]:
         """Return what the worker noted about its fold, in order."""
@@ -270,8 +270,7 @@ class Reading:
 
     def _payloads(self, name: str) -> Iterator[tuple[str, bytes]]:
         for _, flat in self._entries(name):
-            values = iter(flat)
-            yield name, dict(zip(values, values, strict=True)).get(b"payload", b"")
+            yield name, dict(zip(flat[::2], flat[1::2], strict=True)).get(b"payload", b"")
 
     def _entries(self, name: str) -> Iterator[RawEntry]:
         """Yield the entries of a stream up to the cut, as XREAD had them."""
@@ -287,6 +286,9 @@ class Reading:
                 self.damaged.add(f"entries {first} to {last} of {self.streams[name]}")
             try:
                 rows = msgpack.unpackb(packed, raw=True)
+                if parse_id(last) <= end:
+                    yield from rows
+                    continue
                 for row in rows:
                     if parse_id(row[0].decode()) > end:
                         return
@@ -333,6 +335,7 @@ def restored(
     if digest != expected:
         raise DataError(f"expected RL v2's tables {expected}, found {digest}; see --rl-v2-tables")
     pipeline = kind(policy, tables, settings, snapshot.inputs)
+    pipeline.keeps_state = False  # nobody commits it
     pipeline.counts.update(snapshot.counts)
     try:
         damaged = pipeline.restore(snapshot.cells)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from rlv3 import console
-from shadow.evaluation.fidelity import Replayed, write_replay
+from shadow.evaluation.replayed import Replayed, write_replay
 from shadow.recording import OUTPUTS, Reading, Replay, load_snapshot, parts_of, restored
 from shadow.records import Comparison, Decision, LedgerRow, Output, RunRow, encode
 from shadow.store import COMPARISONS, DECISIONS, decode_record

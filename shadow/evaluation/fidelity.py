@@ -13,37 +13,20 @@ import duckdb
 import msgspec
 import numpy as np
 
-from rlv3.errors import DataError
 from rlv3.features import CLIP, FEATURES, MARKET
 from rlv3.policy import QUANTILE_LEVELS, Policy, shipped_policy
 from shadow.evaluation.batches import Floats
 from shadow.evaluation.effect import Range
 from shadow.evaluation.measures import SEED
-from shadow.segments import write_durably
+from shadow.evaluation.replayed import Replayed
 from shadow.statistics.agreement import psi
 from shadow.statistics.inference import bootstrap_length, bootstrap_means, estimate, interval, mean
 
-AUDIT = "audit.json"
-_FORMAT = 1
 _EDGES = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Quantiles of training between the cells of a drift index."""
 _LEAST_CLOSES = 8
 _DRAWS = 499
 _HOUR_US = 3_600_000_000
-
-
-class Replayed(msgspec.Struct, frozen=True):
-    """What `rlv3-worker audit` found when it folded a recording again."""
-
-    entries: int
-    """Folded."""
-    equal: int
-    """Records that came out the same, byte for byte."""
-    differences: int
-    """Records that differ, are missing or are too many."""
-    lost: int
-    """Entries that the recorder itself missed."""
-    format: int = _FORMAT
 
 
 class Bias(msgspec.Struct, frozen=True):
@@ -74,33 +57,6 @@ class Fidelity(msgspec.Struct, frozen=True):
     """Largest first; empty where the artifact is not in the store."""
     drift_missing: str
     """Why there is none; empty otherwise."""
-
-
-def read_replay(store: Path) -> Replayed | None:
-    """Read what an audit left in a store.
-
-    Raises:
-        DataError: the file is none of an audit.
-    """
-    path = store / AUDIT
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Replayed)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.DecodeError) as error:
-        raise DataError(f"expected the result of an audit in {path}, found: {error}") from error
-
-
-def write_replay(store: Path, found: Replayed) -> None:
-    """Leave the result of an audit in a store, for its reports.
-
-    Raises:
-        DataError: the store cannot be written.
-    """
-    try:
-        write_durably(store / AUDIT, msgspec.json.encode(found))
-    except OSError as error:
-        raise DataError(f"cannot write to {store}: {error.strerror}") from error
 
 
 def examine(

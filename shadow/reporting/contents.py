@@ -12,8 +12,8 @@ import msgspec
 
 from rlv3.errors import DataError
 from shadow.evaluation.bars import ORDER, count
-from shadow.evaluation.fidelity import Replayed, read_replay
 from shadow.evaluation.registration import Registration, read_registrations
+from shadow.evaluation.replayed import Replayed, read_replay
 from shadow.store import TABLES, StoreReader
 
 COLLECTED = ("repeated", "rejected", "lost")

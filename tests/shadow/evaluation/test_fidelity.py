@@ -18,12 +18,10 @@ from shadow.evaluation.bars import Bars, Scope
 from shadow.evaluation.effect import Range
 from shadow.evaluation.fidelity import (
     Fidelity,
-    Replayed,
     examine,
     find_policy,
-    read_replay,
-    write_replay,
 )
+from shadow.evaluation.replayed import Replayed, read_replay, write_replay
 from shadow.records import BarRow, Comparison, OutcomeRow
 from shadow.reporting.report import Report, read_report
 from shadow.store import StoreReader
