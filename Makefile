@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 PACKAGES := rlv3 shadow worker
 SOURCES := $(PACKAGES) tests bench
 ARGS ?=
+JOBS ?= 3
 
 export OMP_NUM_THREADS ?= 1
 
@@ -24,15 +25,15 @@ demo: .venv/.serving      ## run the whole product for a minute on a private Red
 demo-store: .venv/.serving ## thirty simulated days of five symbols into out/demo-store, and their report
 	@$(BIN)/python -m shadow.demo_store $(ARGS)
 
-test: .venv/.everything   ## run the test suite
-	@$(BIN)/python -m pytest $(ARGS)
+test: .venv/.everything   ## run the test suite, JOBS=3 tests at a time
+	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-system: .venv/.system ## the tests that need systemd, Sentinel, Prometheus and Chromium
 	@tests/system/tools.sh
 	@$(BIN)/python -m pytest tests/system $(ARGS)
 
 test-acl: .venv/.everything ## the worker's tests again, as the users of deploy/redis/users.acl
-	@RLV3_TEST_ACL=1 $(BIN)/python -m pytest tests/worker $(ARGS)
+	@RLV3_TEST_ACL=1 $(BIN)/python -m pytest -n $(JOBS) tests/worker $(ARGS)
 
 check: lint type          ## lint, formatting and types
 
