@@ -18,6 +18,7 @@ from typing import Any
 import duckdb
 import msgspec
 from rich.table import Table
+from rich.text import Text
 
 from rlv3 import console
 from rlv3.errors import DataError
@@ -172,7 +173,7 @@ def _converse(connection: duckdb.DuckDBPyConnection, form: str) -> None:
             try:
                 answer(connection, text, form)
             except DataError as error:
-                console.err.print(f"[red]error:[/red] {error}", highlight=False)
+                console.err.print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True)
             text = ""
         elif not text.strip():
             text = ""

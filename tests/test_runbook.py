@@ -8,11 +8,14 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import redis
@@ -120,10 +123,13 @@ class Host:
     def __init__(self, server: RedisServer, folder: Path) -> None:
         self.server = server
         self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.http = free.getsockname()[1]
         self.blocks = {name: body.replace("    ", "") for name, body in BLOCK.findall(TEXT)}
 
     def lines(self, block: str) -> list[str]:
         text = self.blocks.pop(block).replace("HOST:6379", f"127.0.0.1:{self.server.port}")
+        text = text.replace("127.0.0.1:9127", f"127.0.0.1:{self.http}")
         return text.replace("DIR", str(self.folder)).replace("PASSWORD", "secret").splitlines()
 
     def start(self, script: str) -> subprocess.Popen[str]:
@@ -138,6 +144,14 @@ class Host:
             ["bash", "-euo", "pipefail", "-c", tools + script], cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ,
         )  # fmt: skip
+
+    def ask(self, path: str) -> Any:
+        """Return what the HTTP process answers, None while there is none."""
+        try:
+            with urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=5) as answer:
+                return json.load(answer)
+        except OSError:
+            return None
 
     def run(self, block: str) -> str:
         """Run a block's lines; each must succeed."""
@@ -178,10 +192,11 @@ def test_a_new_operator_installs_starts_backs_up_and_removes(binary, tmp_path: P
                 client.xadd(KEYS.stream("market.tick"), {"payload": json.dumps(body)})
             until(lambda: client.xlen(KEYS.decisions) == 2)
             until(lambda: client.hget(KEYS.collected, KEYS.decisions))
+            until(lambda: host.ask("/readyz") == {"ready": True, "state": "ready", "reason": ""})
             for program in programs:
                 program.send_signal(signal.SIGTERM)
             said = [program.communicate(timeout=30) for program in programs]
-            assert [program.returncode for program in programs] == [0, 0], said
+            assert [program.returncode for program in programs] == [0, 0, 0], said
         finally:
             for program in programs:
                 program.kill()

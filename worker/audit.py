@@ -251,7 +251,7 @@ def _special(name: str, payload: bytes) -> Decision | Comparison | None:
 
 
 def _timeless(name: str, payload: bytes) -> bytes:
-    """Return a record without what a second fold may change: `latency_ms`, a decision's last."""
+    """Return a record without what a second fold may change: a decision's `latency_ms`."""
     if payload[:1] != b"{":
         try:
             payload = encode(decode_record(name, payload))  # from msgpack
@@ -259,7 +259,9 @@ def _timeless(name: str, payload: bytes) -> bytes:
             return payload  # damaged: equal to nothing
     if name != DECISIONS:
         return payload
-    return payload.rpartition(b',"latency_ms":')[0] + b',"latency_ms":0.0}'
+    head, name_of_it, tail = payload.rpartition(b',"latency_ms":')
+    _, comma, rest = tail.partition(b",")
+    return head + name_of_it + b"0.0" + (comma + rest or b"}")
 
 
 def _kind(name: str, payload: bytes) -> str:

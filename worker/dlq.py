@@ -98,18 +98,12 @@ def show(url: str, prefix: str, stream: str | None, limit: int, as_json: bool) -
 
 def _table(letters: Sequence[Letter]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("id", "when", "reason", "expected and found", "excerpt"):
+    table.add_column("id", no_wrap=True)  # it is copied into `dlq replay`
+    for heading in ("when", "reason", "expected and found", "excerpt"):
         table.add_column(heading, overflow="fold")
     for letter in letters:
-        table.add_row(
-            letter.name, letter.at[:19], letter.reason, _plain(letter.error), _plain(letter.excerpt)
-        )
+        table.add_row(letter.name, letter.at[:19], letter.reason, letter.error, letter.excerpt)
     return table
-
-
-def _plain(text: str) -> str:
-    """Escape what the terminal library takes for markup."""
-    return text.replace("[", "\\[")
 
 
 def _names(stream: str | None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import redis.exceptions
 from redis.asyncio import Redis
 from rich.table import Table
+from rich.text import Text
 
 from rlv3 import console
 from rlv3.errors import PolicyError
@@ -226,8 +227,7 @@ def show(rows: list[Row]) -> None:
     for name in ("check", "", "found", "what to do"):
         table.add_column(name, overflow="fold")
     for row in rows:
-        style = STYLES[row.status]
-        table.add_row(row.check, f"[{style}]{row.status}[/]", row.found, row.remedy)
+        table.add_row(row.check, Text(row.status, STYLES[row.status]), row.found, row.remedy)
     console.out.print(table)
 
 

@@ -108,7 +108,7 @@ def _metrics(report: Report) -> Iterator[str]:
         yield f"{'':<23}" + "".join(f"{arm.name:>14}" for arm in report.arms)
         yield f"{'net profit':<23}" + "".join(f"{arm.net:>+14,.2f}" for arm in report.arms)
         yield f"{'fees and slippage':<23}" + "".join(
-            f"{-arm.fees - arm.slippage:>+14,.2f}" for arm in report.arms
+            f"{0.0 - arm.fees - arm.slippage:>+14,.2f}" for arm in report.arms
         )
         yield f"{'max drawdown':<23}" + "".join(
             f"{percent(arm.max_drawdown, 3):>14}" for arm in report.arms

@@ -222,6 +222,8 @@ def test_list_says_why_when_from_where_and_what(
     assert "missing_side" in shown
     assert "market.tick" not in shown
     assert "1 dead letters, 1 shown" in shown
+    dlq.show(redis_server.url, "quantum", "market.tick", 100, as_json=False)
+    assert "\\" not in capsys.readouterr().out  # brackets are only brackets
     with pytest.raises(ConfigError, match="--stream must be among"):
         dlq.show(redis_server.url, "quantum", "market.tock", 100, as_json=False)
 

@@ -16,7 +16,7 @@ from tests.acl import ENABLED, FILE, users
 from tests.conftest import TIER_7
 from worker.cli import app
 from worker.config import load_config
-from worker.doctor import artifact, clock, memory_rows, server_rows, stream_row
+from worker.doctor import Row, artifact, clock, memory_rows, server_rows, show, stream_row
 from worker.embedded import RedisServer
 from worker.errors import CheckFailed
 from worker.keys import INPUTS, Keys
@@ -34,6 +34,15 @@ def doctor(*flags: str) -> tuple[BaseException | None, dict[str, dict[str, str]]
 
 def statuses(rows: dict[str, dict[str, str]], status: str) -> list[str]:
     return [name for name, row in rows.items() if row["status"] == status]
+
+
+def test_the_table_shows_words_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    show([Row("Redis: kind", "ok", "standalone [1]"), Row("memory", "danger", "full", "free it")])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["check", "found", "what", "to", "do"],
+        ["Redis:", "kind", "ok", "standalone", "[1]"],
+        ["memory", "danger", "full", "free", "it"],
+    ]
 
 
 @pytest.mark.skipif(ENABLED, reason="expects a server without permissions")

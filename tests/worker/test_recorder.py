@@ -483,6 +483,11 @@ def test_a_record_that_nobody_computes_and_a_changed_value_are_found(
     asyncio.run(main())
     whole = audit(tmp_path)
     assert whole.ok
+    _change_first_decision(tmp_path, b'"risk_allowed":null', b'"risk_allowed":true')
+    found = audit(tmp_path)
+    assert found.different == {"decision": 1}
+    assert "risk_allowed is" in found.examples[0]
+    _change_first_decision(tmp_path, b'"risk_allowed":true', b'"risk_allowed":null')
     _change_first_decision(tmp_path, b'"action":', b'"action":1')  # 1 becomes 11, 0 becomes 10
     found = audit(tmp_path)
     assert found.different == {"decision": 1}
