@@ -291,15 +291,15 @@ class Worker:
         self._suspect = start.suspect
         self.pipeline = self._new_pipeline()
         self.pipeline.counts.update(start.counts)
-        forget = self._restore(start)
+        damaged = self._restore(start)
         self.pipeline.count_losses(self.bus.counted)
         try:
             await self.bus.store_artifact(self.policy.digest, self.policy.source)
-            first = await self._first_commit(start)
+            first = await self._first_commit(start, damaged)
         except BusError as error:
             raise RedisUnavailable(f"expected Redis to serve the start, found: {error}") from error
         if first is not None:
-            await self._persist(self._committing(first, forget))
+            await self._persist(self._committing(first, damaged))
         _calm_collector()
         self.log.info(
             "WORKER_STARTED",
@@ -312,20 +312,25 @@ class Worker:
         )
 
     def _restore(self, start: Start) -> list[str]:
-        """Load the stored cells; returns the symbols whose damaged state must go."""
+        """Load the stored cells; returns the symbols whose damaged state must go.
+
+        All of it must: a cell that nothing writes over soon would be found at every start.
+        """
+        own = []
         try:
             damaged = self.pipeline.restore(start.cells)
         except StateError as error:
             self.log.error("STATE_DAMAGED", msg=f"the pipeline's own state: {error}")
+            own = [""]
             self.pipeline = self._new_pipeline()
             self.pipeline.counts.update(start.counts)
             self.pipeline.lost.update(self.bus.lost_total())
             damaged = self.pipeline.restore({k: v for k, v in start.cells.items() if k})
         for symbol in damaged:
             self.log.error("STATE_DAMAGED", msg="restarts cold and flat", symbol=symbol)
-        return damaged
+        return own + damaged
 
-    async def _first_commit(self, start: Start) -> Commit | None:
+    async def _first_commit(self, start: Start, damaged: Sequence[str]) -> Commit | None:
         """Return what must be committed before the first entry is read, if anything."""
         rules = _rules(self._meta["frozen"])
         if start.seq and start.policy not in ("", self.policy.digest):
@@ -338,7 +343,7 @@ class Worker:
         elif start.frozen and _rules(start.frozen) != rules:
             self.log.warning("SETTINGS_CHANGED", msg="other settings than committed: a new run")
         elif start.frozen and self.pipeline.run_id:
-            return Commit([], {}, {}, {}, 0) if start.added else None
+            return self.pipeline.run([], now_ms=0.0) if start.added or damaged else None
         commit = self.pipeline.begin(self.bus.cursors)
         return commit if start.cells else _joined(commit, await self._warm_up())
 
@@ -508,10 +513,10 @@ class Worker:
         return True
 
     def _committing(
-        self, commit: Commit, forget: list[str] | None = None
+        self, commit: Commit, forget: Sequence[str] = ()
     ) -> Callable[[], Awaitable[str]]:
         meta = {**self._meta, "run_id": self.pipeline.run_id}
-        return lambda: self.bus.commit(commit, meta=meta, forget=forget or ())
+        return lambda: self.bus.commit(commit, meta=meta, forget=forget)
 
     def _note(self, commit: Commit, taken: list[Entry]) -> None:
         """Keep the figures of an applied commit, and log what it compared."""

@@ -520,6 +520,46 @@ def test_damaged_state_restarts_that_symbol_cold_and_is_logged(
     assert counters(client)["market.tick:decided"] == 200
 
 
+def test_damaged_state_is_gone_with_the_next_commit(redis_server, client, policy_file) -> None:
+    async def play() -> None:
+        publish(client, 0, 150)
+        async with working(redis_server.url, policy_file):
+            await settled(client, 152)
+        client.hset(KEYS.state("BTCUSDT"), "d63", b"\x01damaged")
+        publish(client, 150, 200)  # fifty ticks: they do not reach slot 63
+        async with working(redis_server.url, policy_file) as (_, out):
+            await settled(client, 202)
+        assert "STATE_DAMAGED" in out.getvalue()
+        publish(client, 200, 210)
+        async with working(redis_server.url, policy_file) as (worker, out):
+            await settled(client, 213)
+            assert worker.pipeline.symbols["BTCUSDT"].n_recent == 60
+        assert "STATE_DAMAGED" not in out.getvalue()
+
+    asyncio.run(play())
+    assert not client.hexists(KEYS.state("BTCUSDT"), "d63")
+
+
+def test_damaged_state_of_its_own_is_gone_with_the_next_commit(
+    redis_server, client, policy_file
+) -> None:
+    async def play() -> None:
+        publish(client, 0, 50)
+        async with working(redis_server.url, policy_file):
+            await settled(client, 51)
+        client.hset(KEYS.state(""), "replay:0", b"\x01damaged")
+        async with working(redis_server.url, policy_file) as (worker, out):
+            await met(lambda: "WORKER_STARTED" in out.getvalue())
+            run_id = worker.pipeline.run_id
+        assert "STATE_DAMAGED" in out.getvalue()
+        async with working(redis_server.url, policy_file) as (worker, out):
+            await met(lambda: "WORKER_STARTED" in out.getvalue())
+            assert worker.pipeline.run_id == run_id  # once is enough for another run
+        assert "STATE_DAMAGED" not in out.getvalue()
+
+    asyncio.run(play())
+
+
 def test_state_lost_while_running_starts_again(redis_server, client, policy_file) -> None:
     async def play() -> None:
         publish(client, 0, 50)
