@@ -137,31 +137,57 @@ class HttpFigures(NamedTuple):
 
 def page(view: View, http: HttpFigures) -> bytes:
     """Return the exposition of a view."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page(view, http))
-    return generate_latest(registry)
+    return worker_part(view) + http_part(http)
+
+
+def worker_part(view: View) -> bytes:
+    """Return what a page says of a view; milliseconds of work, the same until the next view."""
+    found = _Page()
+    found.fill(view)
+    return found.text()
+
+
+def http_part(http: HttpFigures) -> bytes:
+    """Return what a page says of the HTTP process itself."""
+    found = _Page()
+    for code, n in sorted(http.requests.items()):
+        found.put("http_requests", n, str(code))
+    found.put("http_resident_memory_bytes", http.rss_bytes)
+    return found.text()
 
 
 class _Page(Collector):
-    """Lays a view out as metric families, in the order of `METRICS`."""
+    """Lays figures out as metric families, in the order of `METRICS`."""
 
-    def __init__(self, view: View, http: HttpFigures) -> None:
-        self._families = {
-            name: _FAMILIES[row.kind](f"{PREFIX}{name}", row.help, labels=row.labels)
-            for name, row in METRICS.items()
-        }
-        self._fill(view, http)
+    def __init__(self) -> None:
+        self._families: dict[str, Metric] = {}
+
+    def text(self) -> bytes:
+        """Return the exposition of what was put."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        return generate_latest(registry)
 
     def collect(self) -> Iterator[Metric]:
         """Return the families that have a sample."""
-        return iter([family for family in self._families.values() if family.samples])
+        return iter([self._families[name] for name in METRICS if name in self._families])
 
-    def _put(self, name: str, value: float | None, *labels: str) -> None:
+    def _family(self, name: str) -> Any:
+        family = self._families.get(name)
+        if family is None:
+            row = METRICS[name]
+            family = _FAMILIES[row.kind](f"{PREFIX}{name}", row.help, labels=row.labels)
+            self._families[name] = family
+        return family
+
+    def put(self, name: str, value: float | None, *labels: str) -> None:
+        """Add a sample; None is none."""
         if value is not None:
-            self._families[name].add_metric(labels, value)
+            self._family(name).add_metric(labels, value)
 
-    def _fill(self, view: View, http: HttpFigures) -> None:
-        put = self._put
+    def fill(self, view: View) -> None:
+        """Add everything that a view knows."""
+        put = self.put
         put("redis_up", not view.redis)
         put("up", view.up)
         put("ready", not view.reason)
@@ -175,12 +201,9 @@ class _Page(Collector):
             self._worker(view.status)
             put("rl_v2_silence_seconds", view.silence_s)
         self._verdict(view)
-        for code, n in sorted(http.requests.items()):
-            put("http_requests", n, str(code))
-        put("http_resident_memory_bytes", http.rss_bytes)
 
     def _worker(self, status: Status) -> None:
-        put = self._put
+        put = self.put
         put("start_time_seconds", status.started_s)
         put("progress_age_seconds", status.progress_age_s)
         put("last_commit_age_seconds", status.commit_age_s)
@@ -229,8 +252,7 @@ class _Page(Collector):
         put("spans_dropped", status.spans_dropped)
 
     def _histograms(self, status: Status) -> None:
-        family = self._families["step_duration_seconds"]
-        assert isinstance(family, HistogramMetricFamily)
+        family = self._family("step_duration_seconds")
         for step, histogram in status.latency.items():
             reached, buckets = 0, []
             for bucket, n in enumerate(histogram.counts):
@@ -242,7 +264,7 @@ class _Page(Collector):
     def _verdict(self, view: View) -> None:
         found = view.verdict
         for verdict in VERDICTS:
-            self._put("verdict", found is not None and found.get("verdict") == verdict, verdict)
+            self.put("verdict", found is not None and found.get("verdict") == verdict, verdict)
         for name, field in (
             ("verdict_batches", "batches"),
             ("verdict_mean_bps_per_day", "mean"),
@@ -250,9 +272,9 @@ class _Page(Collector):
             ("verdict_high_bps_per_day", "high"),
             ("verdict_e_value", "e_value"),
         ):
-            self._put(name, _number(found, field))
+            self.put(name, _number(found, field))
         days = _number(found, "days_to_decide")
-        self._put("verdict_time_to_decide_seconds", None if days is None else 86_400 * days)
+        self.put("verdict_time_to_decide_seconds", None if days is None else 86_400 * days)
 
 
 def _number(found: Mapping[str, Any] | None, field: str) -> float | None:
