@@ -18,7 +18,7 @@ import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 import redis.exceptions
 from redis.asyncio import ConnectionPool, Redis
@@ -27,6 +27,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
+from rlv3.errors import ConfigError
 from worker.errors import RedisUnavailable
 
 SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "rediss+sentinel://")
@@ -43,9 +44,34 @@ AWAY = (
 
 
 def shown(url: str) -> str:
-    """Return a URL without its password."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """Return a URL without its password, however that is written."""
+    try:
+        parts = _split(url)
+    except ValueError:
+        return f"{url.partition('://')[0]}://…"
+    place = f"{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return f"{parts.scheme}://{place}" if parts.scheme else place
+
+
+def _split(url: str) -> SplitResult:
+    """Split a URL into its parts.
+
+    Raises:
+        ValueError: the login may reach into what follows it; the sentence does not show it.
+    """
+    try:
+        parts = urlsplit(url)
+        rest = f"{parts.path}?{parts.query}#{parts.fragment}"
+        # the path of a socket may have an @ of its own
+        whole = parts.scheme == "unix" and ("@" in parts.netloc or not parts.netloc)
+        cut = "@" in rest and not whole
+    except ValueError:  # its text repeats the login
+        cut = True
+    if cut:
+        raise ValueError(
+            "user and password must be percent-encoded: / is %2F, ? is %3F, # is %23, [ is %5B"
+        )
+    return parts
 
 
 def quiet() -> dict[str, None]:
@@ -64,11 +90,23 @@ def open_pool(url: str, **options: Any) -> ConnectionPool:
         url: one of the forms above.
         options: keyword arguments of redis-py's connections.
     Raises:
-        ValueError: it is no URL that we take.
+        ConfigError: it is no URL that we take.
     """
-    if "+sentinel://" not in url:
-        return ConnectionPool.from_url(url, **options)
-    parts = urlsplit(url)
+    try:
+        parts = _split(url)
+        sentinel = "+sentinel" in parts.scheme
+        pool = (
+            _sentinel_pool(parts, options) if sentinel else ConnectionPool.from_url(url, **options)
+        )
+        pool.connection_class(**pool.connection_kwargs)  # refuses settings that it does not know
+    except (ValueError, TypeError, redis.exceptions.RedisError) as error:
+        raise ConfigError(
+            f"expected a Redis URL ({', '.join(SCHEMES)}), found {shown(url)!r}: {error}"
+        ) from error
+    return pool
+
+
+def _sentinel_pool(parts: SplitResult, options: dict[str, Any]) -> ConnectionPool:
     name, _, db = parts.path.strip("/").partition("/")
     if not name or not (db or "0").isdigit():
         raise ValueError("a Sentinel URL ends with /NAME or /NAME/DB")
@@ -107,7 +145,7 @@ def open_client(url: str, **options: Any) -> Redis:
     """Return a client of a URL; nothing is opened yet.
 
     Raises:
-        ValueError: it is no URL that we take.
+        ConfigError: it is no URL that we take.
     """
     return Redis.from_pool(open_pool(url, **options))
 
@@ -117,20 +155,18 @@ async def connected(url: str) -> AsyncIterator[Redis]:
     """Open a client that never repeats a command by itself and never waits for ever.
 
     Raises:
+        ConfigError: it is no URL that we take.
         RedisUnavailable: the server does not answer, or refuses us.
     """
     place = shown(url).partition("://")[2]
-    try:
-        link = open_client(
-            url,
-            protocol=2,
-            socket_timeout=SOCKET_TIMEOUT_S,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            **quiet(),
-        )
-    except ValueError as error:
-        raise RedisUnavailable(f"expected a Redis URL, found {place!r}: {error}") from error
+    link = open_client(
+        url,
+        protocol=2,
+        socket_timeout=SOCKET_TIMEOUT_S,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        **quiet(),
+    )
     async with link:
         try:
             await link.ping()

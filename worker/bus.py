@@ -34,10 +34,9 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from rlv3.errors import ConfigError
 from shadow.records import SCHEMA_VERSION, Commit, Entry, Output
 from shadow.risk import engaged
-from worker.address import SCHEMES, open_pool, quiet, shown
+from worker.address import open_pool, quiet, shown
 from worker.errors import CheckFailed, Fenced, RedisUnavailable
 from worker.keys import REPLAY, Keys
 from worker.losses import ORIGIN, Loss, Losses, StreamInfo, entry_key
@@ -152,13 +151,8 @@ class _Link:
 
     def __init__(self, url: str) -> None:
         self.url = shown(url)
-        try:
-            self._pool = open_pool(url, **_options())  # Sentinel's connections refer to it
-            self._connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-        except ValueError as error:
-            raise ConfigError(
-                f"expected a Redis URL ({', '.join(SCHEMES)}), found {self.url!r}: {error}"
-            ) from error
+        self._pool = open_pool(url, **_options())  # Sentinel's connections refer to it
+        self._connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
 
     async def send(self, *commands: Sequence[Any]) -> list[Any]:
         """Send commands and return their replies; an error reply is returned, not raised."""

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 import redis.exceptions
-from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from rlv3.errors import PolicyError
 from rlv3.policy import Policy, shipped_policy
-from worker.address import shown
+from worker.address import open_client, quiet, shown
 from worker.keys import Keys
 from worker.logs import Log
 from worker.status import EDGES_S, FORMAT, STALE_S, Histogram, Status, decode
@@ -152,12 +151,13 @@ class Monitor:
         self._keys = keys
         self._log = log
         self._place = shown(url)
-        self._link = Redis.from_url(
+        self._link = open_client(
             url,
             protocol=2,
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
+            **quiet(),
         )
         self._history: deque[tuple[float, Status]] = deque()
 

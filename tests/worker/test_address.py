@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import ipaddress
+import re
 import socket
 import subprocess
 import time
@@ -24,13 +25,14 @@ from rlv3.errors import ConfigError
 from tests.acl import ENABLED
 from tests.conftest import TIER_7
 from worker import logs
-from worker.address import connected, open_pool, shown
+from worker.address import connected, open_client, open_pool, shown
 from worker.artifact import load_policy
 from worker.bus import Bus
 from worker.config import load_config
 from worker.embedded import RedisServer, ServerBinary, leashed
 from worker.errors import RedisUnavailable
 from worker.keys import Keys
+from worker.monitor import Monitor
 from worker.service import Worker
 
 pytestmark = pytest.mark.skipif(ENABLED, reason="logs in as users of its own")
@@ -225,17 +227,24 @@ def test_worker_follows_sentinel_to_the_promoted_replica(
             await bus.close()
 
     async def scene() -> None:
+        monitor = Monitor(url, KEYS, None, logs.configure("INFO", out))
         with redis.Redis.from_url(watched.master.url) as before:
             before.xadd(ticks, tick)
             await until(lambda: before.xlen(KEYS.decisions) == 1)
             assert before.wait(1, 5_000) == 1  # the replica has it
             assert await ping(url) == 1
+            await monitor.look()
+            assert monitor.view.redis == ""
         watched.master.kill()
         with redis.Redis.from_url(watched.replica.url) as after:
             await until(lambda: after.role()[0] == b"master")
             after.xadd(ticks, tick)
             await until(lambda: after.xlen(KEYS.decisions) == 2)
             assert after.hget(KEYS.meta, "n:market.tick:decided") == b"2"
+            await monitor.look()  # finds the old connection gone
+            await monitor.look()
+            assert len(monitor.view.recent) == 2
+        await monitor.close()
 
     asyncio.run(play())
     assert "REDIS_LOST" in out.getvalue()
@@ -253,13 +262,39 @@ def test_worker_follows_sentinel_to_the_promoted_replica(
         ("redis+sentinel://h:1/name/x", "ends with /NAME or /NAME/DB"),
         ("redis+sentinel:///name", "expected host:port of a Sentinel"),
         ("redis+sentinel://h:1,/name", "expected host:port of a Sentinel"),
+        ("redis://h:port/0", "expected a Redis URL .*found 'redis://h:port/0': Port could not"),
+        ("redis://h:1/0?colour=blue", "unexpected keyword argument 'colour'"),
+        ("rediss://h:1/0?ssl_cert_reqs=maybe", "Invalid SSL Certificate Requirements"),
+        ("redis://[::1:1/0", "must be percent-encoded"),
     ],
 )
 def test_an_address_that_cannot_be_is_refused(url: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    for take in (
+        open_pool,
+        lambda url: Bus(url, url, KEYS, ["market.tick"]),
+        open_client,
+        lambda url: Monitor(url, KEYS, None, logs.configure("ERROR")),
+    ):
+        with pytest.raises(ConfigError, match=sentence) as caught:
+            take(url)
+        assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("mark", "/?#[]")
+@pytest.mark.parametrize("place", ["redis://{}host:1/0", "redis+sentinel://{}host:1,b/name"])
+def test_a_password_that_is_not_encoded_is_refused_and_never_shown(place: str, mark: str) -> None:
+    """A login ends at such a mark, so the rest of it would be taken for host, path or query."""
+    url = place.format(f"me:first{mark}second{mark}third@")
+    with pytest.raises(ConfigError, match="must be percent-encoded") as caught:
         open_pool(url)
-    with pytest.raises(ConfigError, match=sentence):
-        Bus(url, url, KEYS, ["market.tick"])
+    for text in (shown(url), str(caught.value)):
+        assert not {"me:", "first", "second", "third"} & set(re.findall(r"me:|[a-z]+", text))
+
+
+def test_a_socket_may_have_an_at_in_its_path() -> None:
+    for url in ("unix:///run/redis@1/redis.sock?db=2", "unix://:secret@/run/redis@1/redis.sock"):
+        assert open_pool(url).connection_kwargs["path"] == "/run/redis@1/redis.sock"
+        assert shown(url) == "unix:///run/redis@1/redis.sock"
 
 
 def test_a_connection_goes_nowhere_before_sentinel_has_answered() -> None:

@@ -19,7 +19,7 @@ import msgspec
 import pytest
 import redis
 
-from rlv3.errors import DataError, UserError
+from rlv3.errors import ConfigError, DataError
 from shadow.evaluation.register import Terms, register
 from shadow.evaluation.registration import Frozen
 from shadow.evaluation.streaming import read_state
@@ -284,7 +284,7 @@ def test_no_redis_at_start_is_one_sentence_and_exit_code_1(tmp_path: Path) -> No
         asyncio.run(collect("redis://:secret@127.0.0.1:1/0", "quantum", tmp_path))
     assert caught.value.exit_code == 1
     assert "secret" not in str(caught.value)
-    with pytest.raises(UserError, match="expected a Redis URL"):
+    with pytest.raises(ConfigError, match="expected a Redis URL"):
         asyncio.run(collect("nonsense", "quantum", tmp_path))
 
 
