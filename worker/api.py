@@ -185,6 +185,7 @@ class Api:
     @contextlib.asynccontextmanager
     async def _life(self, _app: FastAPI) -> AsyncIterator[None]:
         looking = asyncio.create_task(self.monitor.run())
+        looking.add_done_callback(self.monitor.note_end)
         try:
             yield
         finally:

@@ -7,10 +7,11 @@ worker sees nothing at all.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -168,6 +169,13 @@ class Monitor:
             await self.look()
             await asyncio.sleep(max(0.0, LOOK_S - (time.monotonic() - begun)))
 
+    def note_end(self, looking: asyncio.Task[None]) -> None:
+        """Say that `run` ended by an error, which is a defect of ours: the view is an old one."""
+        if not looking.cancelled() and (error := looking.exception()) is not None:
+            self.view = self.view._replace(redis=f"nobody looks any more: {error!r}")
+            self.looks += 1
+            self._log.error("TASK_FAILED", msg=f"{looking.get_coro()}: {error!r}")
+
     async def close(self) -> None:
         """Drop the connection."""
         await self._link.aclose()
@@ -227,7 +235,7 @@ class Monitor:
                 )
             },
             verdict=_verdict(verdict),
-            recent=tuple(_decision(fields[b"payload"]) for _, fields in ends[0]),
+            recent=tuple(_decisions(ends[0])),
             rates=self._rates(),
             latency_ms=self._latency(),
         )
@@ -327,8 +335,12 @@ def _status(body: bytes | None) -> tuple[Status | None, str]:
     return status, ""
 
 
-def _decision(payload: bytes) -> RecentDecision:
-    return _FROM_JSON(payload) if payload.startswith(b"{") else _FROM_MSGPACK(payload)
+def _decisions(entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> Iterator[RecentDecision]:
+    """Yield the decisions among the entries; what others append to the stream is passed over."""
+    for _, fields in entries:
+        payload = fields.get(b"payload", b"")
+        with contextlib.suppress(msgspec.DecodeError):
+            yield _FROM_JSON(payload) if payload.startswith(b"{") else _FROM_MSGPACK(payload)
 
 
 def _verdict(body: bytes | None) -> Mapping[str, Any] | None:
