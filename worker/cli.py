@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from pathlib import Path
 from typing import Annotated
@@ -113,6 +114,10 @@ def run(
     Flags beat the environment (RLV3_PREFIX, RLV3_INPUTS …), which beats the file.
     """
     flags = {name: value for name, value in locals().items() if name != "config"}
+    # The path makes no cycles: its objects go when their last reference does. At every 700
+    # allocations, the default, the search for them would take a twentieth of the path's time, 10 ms
+    # now and then, and a sixth of the imports'.
+    gc.set_threshold(50_000, 20, 100)
     from worker import logs, service
 
     settings = load_config(flags, os.environ, config)

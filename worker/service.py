@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import math
 import os
@@ -69,7 +68,6 @@ TRIES = 2
 """An entry that was alone in hand so often when a worker died is not folded any more."""
 ALONE = 128
 """At least so many entries are folded one at a time then: a commit on its way and one in hand."""
-GC_THRESHOLD = 50_000
 WARM_UP = "warm-up"
 _NOTED_KINDS = tuple(
     f'{{"kind":"{kind}"'.encode() for kind in ("pair", "unpaired", "outcome", "bar", "decision")
@@ -300,7 +298,6 @@ class Worker:
             raise RedisUnavailable(f"expected Redis to serve the start, found: {error}") from error
         if first is not None:
             await self._persist(self._committing(first, damaged))
-        _calm_collector()
         self.log.info(
             "WORKER_STARTED",
             msg="continues" if start.seq else "first start",
@@ -731,16 +728,6 @@ class Worker:
             "rss_mb": None if rss is None else round(rss / 1e6, 1),
             **self.pipeline.snapshot(),
         }
-
-
-def _calm_collector() -> None:
-    """Let Python look for cycles seldom.
-
-    The path makes none: its objects go when their last reference does. At every 700 allocations,
-    the default, the search would take a twentieth of the path's time, and 10 ms now and then.
-    """
-    gc.collect()
-    gc.set_threshold(GC_THRESHOLD, 20, 100)
 
 
 def _joined(first: Commit, second: Commit) -> Commit:
