@@ -226,10 +226,14 @@ class Recorder:
             for _, flat in entries:
                 values = iter(flat)
                 payload = dict(zip(values, values, strict=True)).get(b"payload", b"")
-                if b"action_table" in payload:  # nothing but a run's row has one
+                if b"action_table" not in payload:  # nothing but a run's row has one
+                    continue
+                try:
                     row = decode_record(COMPARISONS, payload)
-                    if isinstance(row, RunRow):
-                        await self._copy_artifact(row.policy_digest)
+                except ValueError:
+                    continue  # somebody else's, or a later version's; recorded all the same
+                if isinstance(row, RunRow):
+                    await self._copy_artifact(row.policy_digest)
 
     async def _copy_artifact(self, digest: str) -> None:
         if digest not in self._policies:
@@ -370,6 +374,7 @@ async def record(
     Raises:
         RedisUnavailable: Redis does not answer at start.
         DataError: the directory is in use, or holds something else.
+        UserError: the disk refuses the last entries, or another part.
     """
     stop = stop or stop_on_signals()
     keys = Keys(prefix)
@@ -388,8 +393,14 @@ async def record(
             finally:
                 writer.close()
             if snapshot is not None and keep is not None:
-                directory = await asyncio.to_thread(_begin_part, out, directory, snapshot)
-                await asyncio.to_thread(_drop_parts, out, keep)
+                try:
+                    directory = await asyncio.to_thread(_begin_part, out, directory, snapshot)
+                    await asyncio.to_thread(_drop_parts, out, keep)
+                except OSError as error:
+                    raise UserError(
+                        f"expected {out} to take another part of the recording, found: {error}; "
+                        "the next start continues the newest one"
+                    ) from error
 
 
 def _newest_part(out: Path) -> Path:
@@ -410,10 +421,14 @@ def _new_part(out: Path) -> Path:
 def _begin_part(out: Path, former: Path, snapshot: Snapshot) -> Path:
     """Make the next part: its artifact, then the state with which it begins."""
     part = _new_part(out)
-    make_directory(part / "artifacts")
     name = f"artifacts/{snapshot.policy}.safetensors"
-    shutil.copy(former / name, part / name)
-    write_durably(part / SNAPSHOT, msgspec.msgpack.encode(snapshot))
+    try:
+        (part / "artifacts").mkdir(parents=True)
+        shutil.copy(former / name, part / name)
+        write_durably(part / SNAPSHOT, msgspec.msgpack.encode(snapshot))
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return part
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import redis
 
-from rlv3.errors import DataError
+from rlv3.errors import DataError, UserError
 from rlv3.events import ACTION_TABLE
 from rlv3.features import FEATURES, Normaliser
 from rlv3.policy import Policy, build_artifact, shipped_policy
@@ -305,6 +305,27 @@ def test_a_state_of_before_losses_were_counted_is_continued_and_found_again(
     assert found.examples == []
     assert found.ok
     assert found.entries >= len(entries) - half
+
+
+def test_a_strangers_record_is_recorded_like_any_other(
+    server: RedisServer, artifact: Path, tmp_path: Path
+) -> None:
+    config = config_of(server, artifact)
+    entries = feed(4, minutes=2)
+
+    async def main() -> None:
+        async with recording(config, tmp_path), working(config) as worker:
+            await until(snapshot_taken(tmp_path))
+            with redis.Redis.from_url(server.url) as client:
+                client.xadd(KEYS.comparisons, {"payload": '{"kind":"run","action_table":[]}'})
+            append(server, entries)
+            await folded(worker, len(entries))
+
+    asyncio.run(main())
+    found = audit(tmp_path)
+    assert found.entries == len(entries)
+    assert len(found.damaged) == 1
+    assert "action_table" in found.damaged[0]
 
 
 def test_decisions_left_out_under_load_are_left_out_again(
@@ -652,6 +673,48 @@ def test_what_is_kept_for_a_while_lies_in_parts_that_follow_each_other(
     shutil.rmtree(tmp_path / left[-2])
     found = audit(tmp_path)
     assert found.damaged == (f"there is a gap before {tmp_path / left[-1]}",)
+
+
+def test_a_part_that_cannot_begin_is_one_sentence_and_the_former_one_goes_on(
+    server: RedisServer, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.recorder.FLUSH_S", 0.1)
+    config = config_of(server, artifact)
+    entries = feed(10, minutes=4)
+    half = len(entries) // 2
+    name = f"{load_policy(config).digest}.safetensors"
+    gone = tmp_path / name
+
+    def kept() -> Path:
+        (part,) = tmp_path.glob("part-*")
+        return part / "artifacts" / name
+
+    async def until_it_ends(worker: Worker) -> None:
+        async with recording(config, tmp_path, Keep(hours=2.0 / 3_600)):
+            await until(lambda: any(tmp_path.glob("part-*/snapshot.msgpack")))
+            kept().rename(gone)
+            append(server, entries[:half])
+            await folded(worker, half)
+            await asyncio.sleep(1.0)
+
+    async def main() -> None:
+        async with working(config) as worker:
+            with pytest.raises(
+                UserError, match=r"to take another part .* found: .*No such"
+            ) as told:
+                await until_it_ends(worker)
+            assert told.value.exit_code == 1
+            gone.rename(kept())
+            append(server, entries[half:])
+            await folded(worker, len(entries))
+            async with recording(config, tmp_path, Keep(hours=1.0)):
+                pass
+
+    asyncio.run(main())
+    found = audit(tmp_path)
+    assert found.examples == []
+    assert found.ok
+    assert found.entries == len(entries)
 
 
 def test_parts_are_dropped_by_age_and_by_size(tmp_path: Path) -> None:
