@@ -24,7 +24,9 @@ if acl.ENABLED:
     acl.install()
     collect_ignore = ["worker/test_acl.py", "worker/test_embedded.py"]  # about servers of their own
 TIER_7 = [tier for tier in TIERS if tier == "7"]
-"""For `parametrize("tier", TIER_7, scope="session")`: what Redis 6.2 cannot do."""
+"""For `parametrize("tier", TIER_7, indirect=True, scope="session")`: what Redis 6.2 cannot do.
+
+Indirect, since a parameter of its own would leave the servers of another tier in place."""
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

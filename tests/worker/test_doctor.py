@@ -78,7 +78,7 @@ def test_an_open_server_is_a_danger_and_every_problem_has_a_remedy(
 
 
 @pytest.mark.skipif(ENABLED, reason="gives a user of its own")
-@pytest.mark.parametrize("tier", TIER_7, scope="session")
+@pytest.mark.parametrize("tier", TIER_7, indirect=True, scope="session")
 def test_two_servers_with_the_shipped_users_are_well(
     redis_server: RedisServer, durable_server: RedisServer, client: redis.Redis
 ) -> None:

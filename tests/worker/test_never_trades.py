@@ -204,7 +204,7 @@ def test_the_allow_list_holds_nothing_of_others() -> None:
 
 
 @pytest.mark.skipif(ENABLED, reason="gives a user of its own")
-@pytest.mark.parametrize("tier", TIER_7, scope="session")
+@pytest.mark.parametrize("tier", TIER_7, indirect=True, scope="session")
 def test_a_commit_that_trades_is_refused_by_redis(
     redis_server, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

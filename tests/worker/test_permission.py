@@ -86,7 +86,7 @@ def test_a_user_without_lua_and_all_streams_has_them_all(redis_server, client) -
     assert client.keys("*") == []
 
 
-@pytest.mark.parametrize("tier", TIER_7, scope="session")
+@pytest.mark.parametrize("tier", TIER_7, indirect=True, scope="session")
 @pytest.mark.parametrize("user", users(FILE.read_text("utf-8")))
 def test_shipped_users_can_do_no_harm(redis_server, client, user) -> None:
     rules = users(FILE.read_text("utf-8"))[user]
@@ -125,7 +125,7 @@ def test_worker_warns_loudly_and_refuses_when_told(redis_server, policy_file) ->
     assert no.value.exit_code == 4
 
 
-@pytest.mark.parametrize("tier", TIER_7, scope="session")
+@pytest.mark.parametrize("tier", TIER_7, indirect=True, scope="session")
 def test_worker_starts_as_the_shipped_user_where_it_is_required(
     redis_server, client, policy_file
 ) -> None:
