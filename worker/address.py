@@ -175,6 +175,11 @@ async def connected(url: str) -> AsyncIterator[Redis]:
         yield link
 
 
+def refused(url: str, expected: str, error: Exception) -> RedisUnavailable:
+    """Say what a program that ends without it had expected of Redis."""
+    return RedisUnavailable(f"expected Redis at {shown(url)} {expected}, found: {error}")
+
+
 def _place(text: str) -> tuple[str, int]:
     parts = urlsplit(f"//{text}")
     if not parts.hostname:

@@ -21,9 +21,9 @@ from rlv3 import console
 from rlv3.errors import ConfigError
 from shadow import codec
 from shadow.records import Entry
-from worker.address import connected, shown
+from worker.address import connected, refused, shown
 from worker.bus import KEPT
-from worker.errors import CheckFailed, RedisUnavailable
+from worker.errors import CheckFailed
 from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY, Keys
 
 DECIDED = ("market.tick", "signal.generated", "ai.signal_generated")
@@ -126,7 +126,7 @@ async def _reading(url: str, keys: Keys, names: Iterable[str]) -> list[Letter]:
         try:
             return [letter async for letter in _letters(link, keys, names)]
         except RedisError as error:
-            raise _refused(url, "to let us read dead letters", error) from error
+            raise refused(url, "to let us read dead letters", error) from error
 
 
 async def _letters(link: Redis, keys: Keys, names: Iterable[str]) -> AsyncIterator[Letter]:
@@ -197,7 +197,7 @@ async def _replay(request: Request, keys: Keys) -> None:
             if good and not request.dry_run and _agreed(request, len(good), keys):
                 await _append(sink, keys, good)
         except RedisError as error:
-            raise _refused(request.sink_url, "to serve the replay", error) from error
+            raise refused(request.sink_url, "to serve the replay", error) from error
     if request.ids and len(good) < len(plans):
         raise CheckFailed(
             f"expected to replay {len(plans)} dead letters, found that {len(plans) - len(good)} "
@@ -297,7 +297,3 @@ async def _waiting(sink: Redis, keys: Keys) -> int:
     cursors = json.loads(cast("bytes | None", await sink.hget(keys.meta, "cursors")) or b"{}")
     cursor = cursors.get(keys.replay, "0-0")
     return len(cast("Any", await sink.xrange(keys.replay, min=f"({cursor}", count=KEPT + 1)))
-
-
-def _refused(url: str, expected: str, error: RedisError) -> RedisUnavailable:
-    return RedisUnavailable(f"expected Redis at {shown(url)} {expected}, found: {error}")

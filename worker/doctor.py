@@ -18,7 +18,7 @@ from rich.text import Text
 
 from rlv3 import console
 from rlv3.errors import PolicyError
-from worker.address import connected, shown
+from worker.address import AWAY, connected, refused, shown
 from worker.artifact import load_policy
 from worker.bus import MIN_VERSION
 from worker.config import WorkerConfig
@@ -48,21 +48,29 @@ async def examine(config: WorkerConfig) -> list[Row]:
     """Look at everything.
 
     Raises:
-        RedisUnavailable: a server does not answer or refuses the login.
+        RedisUnavailable: a server does not answer, or refuses the login or a look.
     """
     rows = [artifact(config)]
-    keys = Keys(config.prefix)
     for role, url in config.servers.items():
         async with connected(url) as link:
-            about = await _server(role, link)
-            rows += [Row(f"{role}: address", "note", shown(url)), *about]
-            if about[-1].check == f"{role}: kind":
-                continue  # a cluster: nothing else is worth looking at
-            rows.append(permissions(role, await harm(link, keys)))
-            if role != "sink":
-                rows += await _inputs(role, link, keys, config)
-            if role != "source":
-                rows += await _own(link, keys)
+            rows.append(Row(f"{role}: address", "note", shown(url)))
+            try:
+                rows += await _examine(role, link, config)
+            except AWAY as error:
+                raise refused(url, "to let us look", error) from error
+    return rows
+
+
+async def _examine(role: str, link: Redis, config: WorkerConfig) -> list[Row]:
+    keys = Keys(config.prefix)
+    rows = await _server(role, link)
+    if rows[-1].check == f"{role}: kind":
+        return rows  # a cluster: nothing else is worth looking at
+    rows.append(permissions(role, await harm(link, keys)))
+    if role != "sink":
+        rows += await _inputs(role, link, keys, config)
+    if role != "source":
+        rows += await _own(link, keys)
     return rows
 
 

@@ -34,7 +34,7 @@ from shadow.records import Commit, Entry, decode_comparison, encode, encode_msgp
 from shadow.risk import REASONS
 from shadow.rl_v2 import QTables
 from shadow.symbol import StateError
-from worker.address import AWAY, connected, shown
+from worker.address import AWAY, connected, refused, shown
 from worker.artifact import LOOK_S, ArtifactWatch, policy_at_start
 from worker.bus import Batch, Bus, BusError, Start, StateLost
 from worker.config import WorkerConfig
@@ -223,9 +223,7 @@ class Worker:
                 async with connected(url) as link:
                     found = await harm(link, self.bus.keys)
             except AWAY as error:
-                raise RedisUnavailable(
-                    f"expected {shown(url)} to say what its user may do, found: {error}"
-                ) from error
+                raise refused(url, "to say what its user may do", error) from error
             if not found.commands:
                 continue
             if self.config.require_acl:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from rlv3 import console
 from rlv3.errors import ConfigError
-from worker.address import connected, shown
+from worker.address import AWAY, connected, refused, shown
 from worker.bus import SOURCE
 from worker.config import WorkerConfig
 from worker.errors import CheckFailed
@@ -68,30 +68,38 @@ async def uninstall(config: WorkerConfig, *, yes: bool, dry_run: bool, force: bo
     Raises:
         CheckFailed: a worker is alive, and `force` is off.
         ConfigError: there is nobody to ask, and `yes` is off.
-        RedisUnavailable: Redis does not answer.
+        RedisUnavailable: Redis does not answer, or refuses.
     """
     keys = Keys(config.prefix)
-    place = shown(config.sink_url)
     async with connected(config.sink_url) as link:
-        found = await find(link, keys)
-        ours = [item for item in found if not item.foreign]
-        _show(found, place)
-        if dry_run or not ours:
+        try:
+            await _uninstall(link, keys, shown(config.sink_url), yes, dry_run, force)
+        except AWAY as error:
+            raise refused(config.sink_url, "to let us remove our keys", error) from error
+
+
+async def _uninstall(
+    link: Redis, keys: Keys, place: str, yes: bool, dry_run: bool, force: bool
+) -> None:
+    found = await find(link, keys)
+    ours = [item for item in found if not item.foreign]
+    _show(found, place)
+    if dry_run or not ours:
+        return
+    if await _is_alive(link, keys) and not force:
+        raise CheckFailed(
+            f"expected no worker to run, found that {keys.heartbeat} in {place} is renewed: "
+            "stop the worker, wait ten seconds and try again (or --force)"
+        )
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError("expected --yes where nobody can be asked, found no terminal")
+        if not typer.confirm(f"Remove these {len(ours)} keys for ever?"):
+            console.out.print("nothing was removed")
             return
-        if await _is_alive(link, keys) and not force:
-            raise CheckFailed(
-                f"expected no worker to run, found that {keys.heartbeat} in {place} is renewed: "
-                "stop the worker, wait ten seconds and try again (or --force)"
-            )
-        if not yes:
-            if not sys.stdin.isatty():
-                raise ConfigError("expected --yes where nobody can be asked, found no terminal")
-            if not typer.confirm(f"Remove these {len(ours)} keys for ever?"):
-                console.out.print("nothing was removed")
-                return
-        for item in ours:
-            await link.unlink(item.key)
-        console.out.print(f"removed {len(ours)} keys from {place}")
+    for item in ours:
+        await link.unlink(item.key)
+    console.out.print(f"removed {len(ours)} keys from {place}")
 
 
 async def _is_alive(link: Redis, keys: Keys) -> bool:

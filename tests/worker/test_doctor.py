@@ -18,7 +18,7 @@ from worker.cli import app
 from worker.config import load_config
 from worker.doctor import Row, artifact, clock, memory_rows, server_rows, show, stream_row
 from worker.embedded import RedisServer
-from worker.errors import CheckFailed
+from worker.errors import CheckFailed, RedisUnavailable
 from worker.keys import INPUTS, Keys
 
 KEYS = Keys()
@@ -113,6 +113,21 @@ def test_a_cluster_is_a_danger(binary: Any) -> None:
 def test_unreachable_and_impossible_have_their_own_codes(flags: tuple[str, ...], code: int) -> None:
     error, rows = doctor(*flags)
     assert getattr(error, "exit_code", None) == code
+    assert rows == {}
+
+
+def test_a_user_who_may_not_look_is_one_sentence(
+    redis_server: RedisServer, client: redis.Redis
+) -> None:
+    client.acl_setuser(
+        "shy", enabled=True, passwords=["+p"], keys=["*"], commands=["+ping", "+hello"]
+    )
+    try:
+        error, rows = doctor("--redis-url", redis_server.url.replace("//", "//shy:p@"))
+    finally:
+        client.acl_deluser("shy")
+    assert isinstance(error, RedisUnavailable)
+    assert str(error).startswith(f"expected Redis at {redis_server.url} to let us look, found: ")
     assert rows == {}
 
 

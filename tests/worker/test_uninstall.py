@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from tests.acl import ENABLED
 from worker.cli import app
 from worker.embedded import RedisServer
-from worker.errors import CheckFailed
+from worker.errors import CheckFailed, RedisUnavailable
 from worker.keys import OTHERS, OTHERS_KEYS, Keys
 
 pytestmark = pytest.mark.skipif(ENABLED, reason="is the operator's work, not the worker's")
@@ -88,3 +88,18 @@ def test_a_running_worker_is_not_robbed_unless_forced(redis_server, client, thei
     assert set(client.keys("*")) > theirs
     assert uninstall(redis_server, "--yes", "--force").exception is None
     assert set(client.keys("*")) == theirs
+
+
+def test_a_user_who_may_not_is_one_sentence(redis_server, client, theirs) -> None:
+    client.acl_setuser(
+        "shy", enabled=True, passwords=["+p"], keys=["*"], categories=["+@all"],
+        commands=["-unlink"],
+    )  # fmt: skip
+    try:
+        url = redis_server.url.replace("//", "//shy:p@")
+        done = CliRunner().invoke(app, ["uninstall", "--redis-url", url, "--yes"])
+    finally:
+        client.acl_deluser("shy")
+    assert isinstance(done.exception, RedisUnavailable)
+    sentence = f"expected Redis at {redis_server.url} to let us remove our keys, found: "
+    assert str(done.exception).startswith(sentence)
