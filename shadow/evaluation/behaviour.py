@@ -307,25 +307,21 @@ class _Played(NamedTuple):
             weights=_weights(count, rng),
         )
 
-    def per_batch(self, bars: NDArray[np.intp], *values: Floats) -> Floats:
-        """Sum columns of some bars per batch: float64[batches, columns]."""
-        n = len(self.starts_us)
-        return np.stack([np.bincount(self.batch[bars], v, n) for v in values], axis=1)
-
     def ratio(self, bars: NDArray[np.intp], top: Floats, bottom: Floats) -> Range:
         """Return sum(top) / sum(bottom) of some bars, its interval from resampled batches."""
-        sums = self.per_batch(bars, top, bottom)
-        total = sums.sum(axis=0)
-        if total[1] == 0.0:
+        n = len(self.starts_us)
+        sums = np.stack([np.bincount(self.batch[bars], values, n) for values in (top, bottom)])
+        above, below = sums.sum(axis=1)
+        if below == 0.0:
             return Range(None)
-        value = float(total[0] / total[1])
-        if len(sums) < FEW_BATCHES:
+        value = float(above / below)
+        if n < FEW_BATCHES:
             return Range(value)
         # no BLAS: the last bits of its products depend on how many threads it has
-        draws = np.einsum("db,bc->dc", self.weights, sums)
-        if not (draws[:, 1] > 0.0).all():  # too rare: some samples of the run have none of it
+        above, below = np.einsum("db,cb->cd", self.weights, sums)
+        if not (below > 0.0).all():  # too rare: some samples of the run have none of it
             return Range(value)
-        return Range(*interval(value, draws[:, 0] / draws[:, 1]))
+        return Range(*interval(value, above / below))
 
 
 def _weights(batches: int, rng: np.random.Generator) -> Floats:
