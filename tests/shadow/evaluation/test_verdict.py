@@ -435,7 +435,8 @@ def test_report_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None
     hourly = TERMS._replace(batch_bars=1, horizon=900)  # batches that BLAS would split
     report = concluded(tmp_path, bars(4e-4, n=720), hourly)
     program = (
-        "import sys; from shadow import render; from shadow.reporting.report import read_report; "
+        "import sys; from shadow.reporting import render; "
+        "from shadow.reporting.report import read_report; "
         "print(render.digest(read_report(sys.argv[1])))"
     )
     digests = {
