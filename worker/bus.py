@@ -65,7 +65,17 @@ REPLAYS_MAX = 2 * KEPT
 
 
 class BusError(Exception):
-    """Redis is away or refuses a command; wait, then call again."""
+    """Redis is away or refuses a command; wait, then call again.
+
+    Attributes:
+        url: of which server, without a password.
+        said: by it or by the client.
+    """
+
+    def __init__(self, url: str, said: object) -> None:
+        super().__init__(f"{url}: {said}")
+        self.url = url
+        self.said = str(said)
 
 
 class StateLost(Exception):
@@ -168,7 +178,7 @@ class _Link:
             return [await self._reply() for _ in range(len(packed) // parts)]
         except (RedisError, OSError) as error:
             await self.close()
-            raise BusError(f"{self.url}: {error}") from error
+            raise BusError(self.url, error) from error
 
     async def call(self, *command: Any) -> Any:
         """Send one command and return its reply.
@@ -225,7 +235,7 @@ class _Link:
 
     def _checked(self, reply: Any) -> Any:
         if isinstance(reply, RedisError):
-            raise BusError(f"{self.url}: {reply}") from reply
+            raise BusError(self.url, reply) from reply
         return reply
 
 
@@ -316,7 +326,7 @@ class Bus:
             try:
                 self.servers.append(_accept(link.url, await link.call("HELLO")))
             except BusError as error:
-                raise _refusal(link.url, error) from error
+                raise _refusal(error) from error
 
     async def acquire(self, *, start: str, on_gap: str, owner: str) -> Start:
         """Take the epoch and load what the last owner left; sets the cursors of a first start.
@@ -333,7 +343,7 @@ class Bus:
             infos = await self._stream_infos()
             return await self._acquire(infos, start=start, on_gap=on_gap, owner=owner)
         except BusError as error:
-            raise _refusal(self._sink.url, error) from error
+            raise _refusal(error) from error
 
     async def _acquire(
         self, infos: Mapping[str, StreamInfo | None], *, start: str, on_gap: str, owner: str
@@ -410,7 +420,8 @@ class Bus:
             elif "no such key" in str(reply):
                 infos[stream] = None
             else:
-                raise BusError(f"{self._source.url}: {stream}: {reply}") from reply
+                link = self._source if stream in self._at_source else self._sink
+                raise BusError(link.url, f"{stream}: {reply}") from reply
         return infos
 
     async def _load_cells(self, symbols: Sequence[str]) -> dict[str, dict[str, bytes]]:
@@ -422,7 +433,7 @@ class Bus:
         cells: dict[str, dict[str, bytes]] = {}
         for symbol, reply in zip(symbols, replies, strict=True):
             if isinstance(reply, RedisError):
-                raise BusError(f"{self._sink.url}: {reply}") from reply
+                raise BusError(self._sink.url, reply) from reply
             cells[symbol] = {name.decode(): cell for name, cell in _pairs(reply).items()}
         return cells
 
@@ -474,7 +485,7 @@ class Bus:
         self._time_ms = int(seconds) * 1000 + int(micros) / 1000
         self._time_at = time.monotonic()
         if isinstance(reply, RedisError):
-            raise BusError(f"{self._source.url}: {reply}") from reply
+            raise BusError(self._source.url, reply) from reply
         known = self._infos(self._at_source, infos) if check else {}
         if self._at_sink and self._time_at - self._sink_at >= SINK_LOOK_S:
             replays, replay_infos = await self._read_sink(count)
@@ -504,7 +515,7 @@ class Bus:
             *_info_commands(self._at_sink),
         )  # fmt: skip
         if isinstance(reply, RedisError):
-            raise BusError(f"{self._sink.url}: {reply}") from reply
+            raise BusError(self._sink.url, reply) from reply
         self._sink_at = time.monotonic() if not reply else -math.inf
         return reply or [], self._infos(self._at_sink, infos)
 
@@ -806,10 +817,10 @@ def _accept(url: str, hello: Sequence[Any]) -> Server:
     return Server(url, version)
 
 
-def _refusal(url: str, error: BusError) -> RedisUnavailable:
+def _refusal(error: BusError) -> RedisUnavailable:
     """Say in one sentence what was expected of Redis at start and what it answered."""
     cause = error.__cause__
-    text = str(cause).rstrip(".")
+    text = error.said.rstrip(".")
     if isinstance(cause, AuthenticationError) or text.startswith(("NOAUTH", "WRONGPASS")):
         expected = "to accept our user and password"
     elif "NOPERM" in text or "no permission" in text.lower() or "can't" in text:
@@ -818,4 +829,4 @@ def _refusal(url: str, error: BusError) -> RedisUnavailable:
         expected = "to serve the worker"
     else:
         expected = "to answer"
-    return RedisUnavailable(f"expected Redis at {url} {expected}, found: {text}")
+    return RedisUnavailable(f"expected Redis at {error.url} {expected}, found: {text}")

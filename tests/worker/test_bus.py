@@ -622,11 +622,11 @@ def test_hard_cap_drops_are_counted_exactly(redis_server, client, collected) -> 
 # -- who is at the other end ----------------------------------------------------------------------
 
 
-def refused(url: str) -> str:
+def refused(url: str, sink: str | None = None) -> str:
     """Return the sentence with which a start is refused."""
 
     async def play() -> None:
-        async with opened(url) as bus:
+        async with opened(url, sink) as bus:
             await acquire(bus)
 
     with pytest.raises(RedisUnavailable) as caught:
@@ -661,6 +661,16 @@ def test_missing_permission_is_named(redis_server, client) -> None:
         assert "to permit what the worker does" in sentence
     finally:
         client.acl_deluser("shy")
+
+
+def test_the_server_that_refuses_is_named(redis_server, second_server, client) -> None:
+    client.acl_setuser("shy", enabled=True, passwords=["+p"], keys=["*"], commands=["+hello"])
+    try:
+        sentence = refused(redis_server.url.replace("//", "//shy:p@"), second_server.url)
+    finally:
+        client.acl_deluser("shy")
+    assert sentence.startswith(f"expected Redis at {redis_server.url} to permit what")
+    assert f"{KEYS.stream(INPUTS[0])}: " in sentence
 
 
 def test_cluster_is_refused(binary) -> None:
