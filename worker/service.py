@@ -236,14 +236,16 @@ class Worker:
             )
 
     async def _serve_on(self) -> None:
+        start = self._start
         while not self._stopping.is_set():
             try:
+                await start()
                 await self._serve()
             except StateLost as error:
                 self.log.error("STATE_LOST", msg=f"{error}; starting again from what is there")
+            start = self._start_again
 
     async def _serve(self) -> None:
-        await self._start()
         while not self._stopping.is_set():
             if self._next is not None:
                 await self._swap(self._next)
@@ -305,6 +307,19 @@ class Worker:
             symbols=len(self.pipeline.symbols),
             cursors=dict(self.bus.cursors),
         )
+
+    async def _start_again(self) -> None:
+        """Start while running: Redis may be away in the middle of it for as long as it likes."""
+
+        async def attempt() -> None:
+            try:
+                await self._start()
+            except RedisUnavailable as error:
+                if isinstance(error.__cause__, BusError):
+                    raise error.__cause__ from None
+                raise
+
+        await self._persist(attempt, "start")
 
     def _restore(self, start: Start) -> list[str]:
         """Load the stored cells; returns the symbols whose damaged state must go.

@@ -579,6 +579,31 @@ def test_state_lost_while_running_starts_again(redis_server, client, policy_file
     assert len(made) >= 61
 
 
+def test_state_lost_while_redis_refuses_everything_is_waited_out(
+    redis_server, client, policy_file
+) -> None:
+    """A worker that runs backs off for ever, also in the middle of starting again."""
+
+    async def play() -> None:
+        publish(client, 0, 50)
+        async with working(redis_server.url, policy_file) as (_, out):
+            await settled(client, 51)
+            try:
+                with client.pipeline(transaction=True) as at_once:
+                    at_once.flushall()
+                    at_once.config_set("maxmemory", "1")
+                    at_once.execute()
+                await met(lambda: "STATE_LOST" in out.getvalue())
+                await met(lambda: "REDIS_LOST" in out.getvalue())
+            finally:
+                client.config_set("maxmemory", "0")
+            publish(client, 50, 60)
+            await settled(client, 10)
+
+    asyncio.run(play())
+    assert counters(client)["market.tick:decided"] == 10
+
+
 def test_pairs_are_logged(redis_server, client, policy_file) -> None:
     body = {
         "schema_version": 1, "decision_id": "v2-1", "symbol": "BTCUSDT",
