@@ -30,7 +30,6 @@ from rlv3.market import Bars, simulate
 from rlv3.metrics import Interval, ratio_intervals, sharpe, sortino, steps_per_year
 from rlv3.policy import Policy
 
-RANDOM_RUNS = 20
 _SIDE = 7  # of the observation: position_side, never scaled
 
 Decide = Callable[[NDArray[np.float32], NDArray[np.bool_]], int]

@@ -31,9 +31,9 @@ from rlv3.policy import Policy
 from shadow.history import STREAMS, entries
 from shadow.pipeline import Pipeline, Settings
 from shadow.recording import Reading, load_snapshot
-from shadow.records import BarRow, Commit, Entry, decode_comparison, iso
+from shadow.records import BarRow, Commit, Entry, decode_comparison, iso, parse_id
 from shadow.rl_v2 import QTables
-from shadow.segments import make_directory, parse_id, write_durably
+from shadow.segments import make_directory, write_durably
 from shadow.store import COMPARISONS, DECISIONS, StoreWriter
 
 FLUSH_ROWS = 20_000

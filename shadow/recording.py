@@ -24,13 +24,12 @@ import msgspec
 from rlv3.errors import DataError, UserError
 from rlv3.policy import Policy
 from shadow.pipeline import OUTCOMES, Pipeline, Settings
-from shadow.records import Commit, Entry, LedgerRow
+from shadow.records import Commit, Entry, LedgerRow, parse_id
 from shadow.rl_v2 import QTables
 from shadow.segments import (
     START,
     Table,
     day_of,
-    parse_id,
     read_position,
     relation,
     valid_segments,

@@ -23,6 +23,16 @@ MAX_ID_MS = 253_402_300_799_999
 ARMS = ("v3", "v2", "follow_signal", "flat")
 
 
+StreamId = tuple[int, int]
+"""An entry id as numbers, in the order of the stream: milliseconds, sequence number."""
+
+
+def parse_id(entry_id: str) -> StreamId:
+    """Split an entry id into its numbers."""
+    ms, _, seq = entry_id.partition("-")
+    return int(ms), int(seq or 0)
+
+
 class Entry(NamedTuple):
     """One raw stream entry as read, in the defined order."""
 

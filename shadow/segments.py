@@ -31,9 +31,8 @@ import duckdb
 import msgspec
 
 from rlv3.errors import DataError
-from shadow.records import MAX_ID_MS
+from shadow.records import MAX_ID_MS, StreamId, parse_id
 
-StreamId = tuple[int, int]
 START = "0-0"
 
 _POSITION = "position.json"
@@ -87,12 +86,6 @@ class Position(msgspec.Struct):
     groups: dict[str, Progress] = {}
     notes: dict[str, str] = {}
     """Small texts that must change together with the position."""
-
-
-def parse_id(entry_id: str) -> StreamId:
-    """Split a stream entry id into its milliseconds and sequence number."""
-    ms, _, seq = entry_id.partition("-")
-    return int(ms), int(seq or 0)
 
 
 def day_of(entry_id: StreamId) -> str:

@@ -30,6 +30,7 @@ from shadow.records import (
     OutcomeRow,
     PairRow,
     RunRow,
+    StreamId,
     UnpairedRow,
     V2Row,
     decode_comparison,
@@ -38,7 +39,6 @@ from shadow.records import (
 )
 from shadow.segments import (
     SegmentWriter,
-    StreamId,
     Table,
     group_of,
     read_position,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgpack
@@ -234,6 +234,3 @@ class SymbolState:
         self.dirty_slots.update(i for i, tick in enumerate(self._recent) if tick is not None)
         for prefix, ring in (("m", self.pairing.main), ("a", self.pairing.advisory)):
             self.pairing.dirty.update(f"{prefix}{i}" for i, c in enumerate(ring) if c is not None)
-
-
-SymbolFactory = Callable[[str], SymbolState]

@@ -34,12 +34,12 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from shadow.records import SCHEMA_VERSION, Commit, Entry, Output
+from shadow.records import SCHEMA_VERSION, Commit, Entry, Output, parse_id
 from shadow.risk import engaged
 from worker.address import open_pool, quiet, shown
 from worker.errors import CheckFailed, Fenced, RedisUnavailable
 from worker.keys import REPLAY, Keys
-from worker.losses import ORIGIN, Loss, Losses, StreamInfo, entry_key
+from worker.losses import ORIGIN, Loss, Losses, StreamInfo
 
 SOURCE = "rl-v3-shadow"
 """The envelope's source, and the service name of the bus."""
@@ -730,7 +730,7 @@ def release(
         released entries in (id, rank) order; the oldest held id in ms, or None; how many of the
         released ones are more than 1 s ahead of TIME (released as read: they would stall the rest).
     """
-    lasts = [entry_key(rows[-1][0].decode()) for _, _, _, rows in found]
+    lasts = [parse_id(rows[-1][0].decode()) for _, _, _, rows in found]
     if len(found) == 1 and lasts[0][0] < time_ms:  # one stream is in order already
         _, key, event_type, rows = found[0]
         return [_entry(key, event_type, row) for row in rows], None, 0

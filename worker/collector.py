@@ -18,7 +18,8 @@ from redis.asyncio import Redis
 
 from rlv3.errors import DataError, UserError
 from shadow.evaluation.streaming import Keeper
-from shadow.segments import START, parse_id
+from shadow.records import parse_id
+from shadow.segments import START
 from shadow.store import StoreWriter
 from worker.address import AWAY, connected
 from worker.keys import Keys

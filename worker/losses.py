@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from shadow.records import parse_id
+
 ORIGIN = "0-0"
 
 
@@ -124,21 +126,15 @@ def _passed(info: StreamInfo, cursor: str) -> bool:
     """Return True when nothing up to the cursor is left, but something newer was added."""
     if info.last == cursor:
         return False
-    return info.first is None or entry_key(info.first) > entry_key(cursor)
+    return info.first is None or parse_id(info.first) > parse_id(cursor)
 
 
 def _before(entry_id: str) -> str:
     """Return the greatest id below one that is not 0-0."""
-    ms, seq = entry_key(entry_id)
+    ms, seq = parse_id(entry_id)
     return f"{ms}-{seq - 1}" if seq else f"{ms - 1}-{2**64 - 1}"
 
 
 def _named(meta: Mapping[bytes, bytes], kind: str) -> dict[str, int]:
     prefix = f"{kind}:".encode()
     return {k[len(prefix) :].decode(): int(v) for k, v in meta.items() if k.startswith(prefix)}
-
-
-def entry_key(entry_id: str) -> tuple[int, int]:
-    """Return an entry id as numbers, in the order of the stream."""
-    ms, _, seq = entry_id.partition("-")
-    return int(ms), int(seq or 0)

@@ -35,12 +35,11 @@ from shadow.recording import (
     raw_lines,
     raw_table,
 )
-from shadow.records import RunRow
+from shadow.records import RunRow, parse_id
 from shadow.segments import (
     START,
     SegmentWriter,
     make_directory,
-    parse_id,
     write_durably,
 )
 from shadow.store import COMPARISONS, decode_record

@@ -17,7 +17,8 @@ import redis.exceptions
 import structlog
 from redis.asyncio import Redis
 
-from shadow.segments import START, parse_id, write_durably
+from shadow.records import parse_id
+from shadow.segments import START, write_durably
 from worker.keys import Keys
 
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)

@@ -208,10 +208,6 @@ class Bars(NamedTuple):
         """Sum a column per symbol."""
         return np.bincount(self.symbol, values, len(self.symbols)).astype(np.float64)
 
-    def per_regime(self, values: Floats | NDArray[np.bool_]) -> Floats:
-        """Sum a column per regime."""
-        return np.bincount(self.regime, values, len(self.regimes)).astype(np.float64)
-
 
 def count(db: duckdb.DuckDBPyConnection, query: str, *values: object) -> int:
     """Return the only number a query gives."""
