@@ -89,7 +89,8 @@ def run(
         str | None, typer.Option(help="Delay of an order's fill, for both policies. (default: 250)")
     ] = None,
     max_batch: Annotated[
-        str | None, typer.Option(help="Events per commit; changes no result. (default: 32)")
+        str | None,
+        typer.Option(help="Events per commit, 1 to 64; changes no result. (default: 32)"),
     ] = None,
     risk_limits: Annotated[
         str | None,
