@@ -369,7 +369,10 @@ class Worker:
             if event_type in self.config.inputs:
                 newest = self.bus.cursors[self.bus.keys.stream(event_type)]
                 entries += await self.bus.history(event_type, newest, HISTORY)
-        return self.pipeline.warm_up(entries)
+        commit = self.pipeline.warm_up(entries)
+        if self._alone:
+            await self._survived(WARM_UP)
+        return commit
 
     # -- another policy ---------------------------------------------------------------------------
 
@@ -443,6 +446,9 @@ class Worker:
                 self.meter.took("fold", folding[1] - begun)
                 if under_way is not None:
                     await under_way
+                if self._alone and not crashed:
+                    self._alone -= 1
+                    await self._survived(_place(hand[0]))
                 under_way = asyncio.create_task(
                     self._apply(commit, entries[: commit.taken], folding)
                 )
@@ -472,7 +478,7 @@ class Worker:
                 "FOLD_FAILED",
                 msg="a bug: the state in memory is not to be trusted any more, so the worker "
                 "ends; after some restarts the entry becomes a dead letter",
-                first=f"{entries[0].stream}|{entries[0].entry_id}",
+                first=_place(entries[0]),
                 correlation_id=correlation_id,
                 trace_id=trace_id,
             )
@@ -498,9 +504,7 @@ class Worker:
         After a worker that did not stop in order, entries are folded one at a time until what it
         can have had in hand is behind us, so that one that ends the process is known by name.
         """
-        place = f"{entry.stream}|{entry.entry_id}"
-        if await self._may_try(place):
-            self._alone -= 1
+        if await self._may_try(_place(entry)):
             return 0
         trace_id, correlation_id = envelope_ids(entry)
         self.log.error(
@@ -516,11 +520,18 @@ class Worker:
 
     async def _may_try(self, place: str) -> bool:
         """Note what is about to be tried; False when it was often enough the last thing."""
-        tries = self._suspect[1] if self._suspect[0] == place else 0
+        tries = self._tries(place)
         if tries >= TRIES:
             return False
         await self._persist(lambda: self.bus.suspect(place, tries + 1), "suspect")
         return True
+
+    async def _survived(self, place: str) -> None:
+        """Take the note back: whoever dies while the commit waits for Redis does not die of it."""
+        await self._persist(lambda: self.bus.suspect(place, self._tries(place)), "suspect")
+
+    def _tries(self, place: str) -> int:
+        return self._suspect[1] if self._suspect[0] == place else 0
 
     def _committing(
         self, commit: Commit, forget: Sequence[str] = ()
@@ -768,6 +779,10 @@ def _rules(frozen: str) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(frozen)
     settings = {k: v for k, v in values["settings"].items() if k not in ("max_events", "max_bytes")}
     return {"settings": settings, "tables": values["tables"]}
+
+
+def _place(entry: Entry) -> str:
+    return f"{entry.stream}|{entry.entry_id}"
 
 
 def _counted(entries: int | None) -> int | str:

@@ -18,3 +18,10 @@ def test_nothing_is_lost_doubled_out_of_order_or_changed(
 ) -> None:
     verdict = play(number, int(binary.version[0]), binary, lively_policy)
     assert verdict == Verdict()
+
+
+def test_an_entry_is_innocent_of_kills_while_its_commit_waits(
+    binary: ServerBinary, lively_policy: Path
+) -> None:
+    """This seed kills three workers in a row with the same entry folded and its commit held."""
+    assert play(1, 23, binary, lively_policy) == Verdict()

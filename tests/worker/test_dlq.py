@@ -156,7 +156,8 @@ def test_what_ended_workers_becomes_a_dead_letter_and_may_be_replayed_by_name(
     assert json.loads(fields[b"payload"])["dlq_reason"] == "crash"
     note = json.loads(client.hget(KEYS.meta, "suspect"))
     ((replayed, _),) = client.xrange(KEYS.replay)
-    assert note == {"place": f"{KEYS.replay}|{replayed.decode()}", "tries": 1}  # the last one alone
+    # the last one alone, and nobody died of it
+    assert note == {"place": f"{KEYS.replay}|{replayed.decode()}", "tries": 0}
     found = audit(tmp_path)
     assert found.examples == []
     assert found.equal["decision"] == 6
