@@ -13,8 +13,8 @@ import pytest
 import redis
 
 from tests.system.browser import Browser
-from tests.system.test_prometheus import policy_file
-from tests.worker.test_api import KEYS, Server, api, client, daemon, serve, slowly, stage
+from tests.worker.conftest import daemon, policy_file
+from tests.worker.test_api import KEYS, Server, api, client, serve, slowly, stage
 from tests.worker.test_service import publish
 from worker.status import decode, encode
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from tests.worker.test_api import KEYS, Server, api, client, daemon, serve, slowly, stage
+from tests.worker.conftest import daemon, policy_file
+from tests.worker.test_api import KEYS, Server, api, client, serve, slowly, stage
 from tests.worker.test_metrics import ALERTS, DASHBOARD, ROOT, samples, view
 from tests.worker.test_service import publish
 from worker.embedded import leashed
@@ -27,16 +28,6 @@ from worker.metrics import PREFIX, HttpFigures, page
 __all__ = ["api", "client", "daemon", "policy_file", "serve", "stage"]
 
 RULES = ROOT / "deploy/prometheus/alerts.yml"
-
-
-@pytest.fixture(scope="session")
-def policy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact that the worker accepts."""
-    from tests.worker.conftest import build_policy
-
-    path = tmp_path_factory.mktemp("policy") / "a.safetensors"
-    path.write_bytes(build_policy(seed=1, steps=1))
-    return path
 
 
 def test_the_page_passes_promtool(promtool: str) -> None:

@@ -22,7 +22,8 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 from rlv3.policy import Policy, shipped_policy
-from tests.worker.test_service import Daemon, publish, until
+from tests.worker.conftest import until
+from tests.worker.test_service import publish
 from worker.config import load_api_config
 from worker.embedded import RedisServer, find_servers
 from worker.keys import Keys
@@ -115,21 +116,6 @@ def serve() -> Iterator[Callable[..., Server]]:
 
     def start(url: str, *flags: str, **environ: str) -> Server:
         started.append(Server(url, *flags, **environ))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.process.kill()
-        one.process.communicate()
-
-
-@pytest.fixture
-def daemon(policy_file: Path) -> Iterator[Callable[..., Daemon]]:
-    """Start workers; what still runs at the end is killed."""
-    started: list[Daemon] = []
-
-    def start(url: str, *flags: str, policy: Path = policy_file) -> Daemon:
-        started.append(Daemon(url, policy, *flags))
         return started[-1]
 
     yield start

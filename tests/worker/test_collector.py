@@ -25,6 +25,7 @@ from shadow.evaluation.registration import Frozen
 from shadow.evaluation.streaming import read_state
 from shadow.records import ArmBar, BarRow, LedgerRow, RunRow, UnpairedRow, encode
 from shadow.store import StoreReader, StoreWriter
+from tests.worker.conftest import until
 from worker.collector import collect
 from worker.embedded import RedisServer, leashed
 from worker.errors import RedisUnavailable
@@ -40,21 +41,6 @@ from pathlib import Path
 from worker.collector import collect
 asyncio.run(collect(sys.argv[1], "quantum", Path(sys.argv[2]), flush_s=0.05))
 """
-
-
-@pytest.fixture(scope="module")
-def any_server() -> Iterator[RedisServer]:
-    """A server of whichever version comes first, where the version makes no difference."""
-    with RedisServer.start() as started:
-        yield started
-
-
-@pytest.fixture
-def server(any_server: RedisServer) -> RedisServer:
-    """The same one, clean."""
-    with redis.Redis.from_url(any_server.url) as link:
-        link.flushall()
-    return any_server
 
 
 @pytest.fixture
@@ -126,13 +112,6 @@ def collector(server: RedisServer, store: Path) -> Iterator[subprocess.Popen[byt
             process.kill()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def published(client: redis.Redis, stream: str = KEYS.comparisons) -> str:
     return (client.hget(KEYS.collected, stream) or b"").decode()
 
@@ -171,7 +150,7 @@ def test_kill_at_random_moments_neither_loses_nor_repeats(
                 publish(link, range(total, total + 40))
                 total += 40
                 time.sleep(0.01)
-            wait_for(lambda: published(link) != before)  # noqa: B023
+            until(lambda: published(link) != before)  # noqa: B023
             time.sleep(rng.random() * 0.1)
             process.kill()
     (last,) = publish(link, range(total, total + 1))
@@ -183,7 +162,7 @@ def test_kill_at_random_moments_neither_loses_nor_repeats(
 def test_sigterm_drains_and_exits_0(server: RedisServer, link: redis.Redis, tmp_path: Path) -> None:
     publish(link, range(10))
     with collector(server, tmp_path) as process:
-        wait_for(lambda: published(link) != "")
+        until(lambda: published(link) != "")
         publish(link, range(10, 20))
         process.terminate()
         assert process.wait(10) == 0
@@ -195,7 +174,7 @@ def test_full_disk_stops_the_position_only(
 ) -> None:
     first = publish(link, range(10))
     with collector(server, tmp_path) as process:
-        wait_for(lambda: published(link) == first[-1])
+        until(lambda: published(link) == first[-1])
         # no file of the process may grow beyond 64 bytes: every write fails as on a full disk
         _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (64, hard))
@@ -205,7 +184,7 @@ def test_full_disk_stops_the_position_only(
         assert published(link) == first[-1]
         assert stored(tmp_path) == expected(10)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
-        wait_for(lambda: published(link) == later[-1])
+        until(lambda: published(link) == later[-1])
         process.terminate()
         assert process.wait(10) == 0
     assert stored(tmp_path) == expected(500)
@@ -216,12 +195,12 @@ def test_redis_going_away_is_waited_for(durable_server: RedisServer, tmp_path: P
     with redis.Redis.from_url(durable_server.url) as client:
         first = publish(client, range(50))
         with collector(durable_server, tmp_path) as process:
-            wait_for(lambda: published(client) == first[-1])
+            until(lambda: published(client) == first[-1])
             durable_server.kill()
             time.sleep(0.4)
             durable_server.restart()
             later = publish(client, range(50, 100))
-            wait_for(lambda: published(client) == later[-1])
+            until(lambda: published(client) == later[-1])
             process.terminate()
             assert process.wait(10) == 0
     assert stored(tmp_path) == expected(100)

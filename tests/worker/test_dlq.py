@@ -15,7 +15,8 @@ import redis
 from rlv3.errors import ConfigError
 from shadow import codec
 from shadow.records import Entry, decision_id
-from tests.worker.test_recorder import config_of, recording, snapshot_taken, until, working
+from tests.worker.conftest import met, serving
+from tests.worker.test_recorder import config_of, recording, snapshot_taken
 from worker import dlq
 from worker.audit import audit
 from worker.embedded import RedisServer
@@ -52,7 +53,7 @@ def counts(link: redis.Redis) -> dict[str, int]:
 
 
 async def counted(link: redis.Redis, entries: int) -> None:
-    await until(lambda: sum(counts(link).values()) == entries)
+    await met(lambda: sum(counts(link).values()) == entries)
 
 
 def decisions(link: redis.Redis) -> list[dict[str, Any]]:
@@ -81,7 +82,7 @@ def test_a_replay_is_decided_once_under_the_original_s_id_and_folds_nothing(
     config = config_of(redis_server, lively_policy)
 
     async def main() -> tuple[list[str], str, str]:
-        async with working(config) as worker:
+        async with serving(config) as worker:
             for n in range(0, 130, 10):
                 add(client, n, tick(n))
             bad = [add(client, 131, LEGACY), add(client, 132, BINARY)]
@@ -94,7 +95,7 @@ def test_a_replay_is_decided_once_under_the_original_s_id_and_folds_nothing(
             assert client.hgetall(KEYS.state("AAAUSDT")) == before
             await asyncio.to_thread(dlq.replay, request(redis_server, f"market.tick/{bad[0]}"))
             await counted(client, 20)
-        async with working(config):  # it remembers, too
+        async with serving(config):  # it remembers, too
             await asyncio.to_thread(dlq.replay, request(redis_server))
             await counted(client, 23)
             add(client, 140, tick(140))
@@ -133,16 +134,16 @@ def test_what_ended_workers_becomes_a_dead_letter_and_may_be_replayed_by_name(
     config = config_of(redis_server, lively_policy)
 
     async def main() -> None:
-        async with working(config):
+        async with serving(config):
             ids = [add(client, n, tick(n)) for n in range(3)]
             await counted(client, 3)
         assert client.hget(KEYS.meta, "owner") == b""  # it stopped in order
         async with recording(config, tmp_path):
-            await until(snapshot_taken(tmp_path))
+            await met(snapshot_taken(tmp_path))
             ids += [add(client, n, tick(n)) for n in range(3, 9)]
             note = {"place": f"{TICKS}|{ids[4]}", "tries": 2}
             client.hset(KEYS.meta, mapping={"owner": "pid 1", "suspect": json.dumps(note)})
-            async with working(config):
+            async with serving(config):
                 await counted(client, 9)
                 name = f"market.tick/{ids[4]}"
                 await asyncio.to_thread(dlq.replay, request(redis_server, name))
@@ -175,7 +176,7 @@ def test_replays_wait_at_the_sink_when_the_source_is_another_server(
 
     async def main() -> None:
         with redis.Redis.from_url(second_server.url) as sink:
-            async with working(config):
+            async with serving(config):
                 add(client, 0, tick(0))
                 add(client, 1, LEGACY)
                 await counted(sink, 2)

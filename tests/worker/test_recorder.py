@@ -12,7 +12,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +26,8 @@ import redis
 
 from rlv3.errors import DataError, UserError
 from rlv3.events import ACTION_TABLE
-from rlv3.features import FEATURES, Normaliser
-from rlv3.policy import Policy, build_artifact, shipped_policy
+from rlv3.features import FEATURES
+from rlv3.policy import Policy, shipped_policy
 from shadow.backtest import backtest
 from shadow.explain import explain
 from shadow.recording import Reading, load_snapshot
@@ -36,10 +36,9 @@ from shadow.risk import RiskLimits
 from shadow.segments import list_segments, read_position
 from shadow.store import StoreReader
 from shadow.symbol import pack, unpack
-from worker import logs
+from tests.worker.conftest import met, serving
 from worker.artifact import load_policy
 from worker.audit import Audit, audit, show
-from worker.bus import Bus
 from worker.config import WorkerConfig
 from worker.embedded import RedisServer, leashed
 from worker.errors import CheckFailed
@@ -57,45 +56,6 @@ from pathlib import Path
 from worker.recorder import record
 asyncio.run(record(sys.argv[1], sys.argv[1], "quantum", Path(sys.argv[2])))
 """
-
-
-@pytest.fixture(scope="session")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy with random weights, lively enough to trade."""
-    rng = np.random.default_rng(3)
-    tensors = {}
-    for net, head in (("policy", 6), ("value", 1)):
-        for layer, fan_in, fan_out in (("0", 64, 128), ("2", 128, 128), ("4", 128, head)):
-            weight = rng.normal(0, 0.5 * np.sqrt(2 / fan_in), (fan_out, fan_in))
-            tensors[f"{net}.{layer}.weight"] = weight.astype(np.float32)
-            tensors[f"{net}.{layer}.bias"] = rng.normal(0, 0.5, fan_out).astype(np.float32)
-    path = tmp_path_factory.mktemp("policy") / "policy.safetensors"
-    path.write_bytes(
-        build_artifact(
-            tensors,
-            Normaliser(np.zeros(18), np.full(18, 1e-3)),
-            training={"steps": 1, "seed": 3},
-            quantiles={},
-            mask_rule="design",
-            step_seconds=60,
-        )
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def any_server() -> Iterator[RedisServer]:
-    """A server of whichever version comes first, where the version makes no difference."""
-    with RedisServer.start() as started:
-        yield started
-
-
-@pytest.fixture
-def server(any_server: RedisServer) -> RedisServer:
-    """The same one, clean."""
-    with redis.Redis.from_url(any_server.url) as link:
-        link.flushall()
-    return any_server
 
 
 def feed(seed: int, minutes: int = 25) -> Feed:
@@ -145,33 +105,12 @@ def append(server: RedisServer, entries: Feed) -> None:
         batch.execute()
 
 
-def config_of(server: RedisServer, artifact: Path, **changes: Any) -> WorkerConfig:
+def config_of(server: RedisServer, policy: Path, **changes: Any) -> WorkerConfig:
     plain = WorkerConfig(
-        source_url=server.url, sink_url=server.url, policy=artifact, rl_v2="bus", start="oldest",
+        source_url=server.url, sink_url=server.url, policy=policy, rl_v2="bus", start="oldest",
         max_event_age=None, conflate_after=None,
     )  # fmt: skip
     return replace(plain, **changes)
-
-
-@asynccontextmanager
-async def working(config: WorkerConfig) -> AsyncIterator[Worker]:
-    """A worker in this loop, stopped in order at the end."""
-    keys = Keys(config.prefix)
-    limits = config.risk_limits
-    bus = Bus(
-        config.source_url, config.sink_url, keys, config.inputs,
-        kill_switch=None if limits is None else limits.kill_switch,
-    )  # fmt: skip
-    worker = Worker(config, bus, load_policy(config), None, logs.configure("ERROR"))
-    task = asyncio.create_task(worker.run())
-    try:
-        yield worker
-        worker.stop()
-        await task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await bus.close()
 
 
 @asynccontextmanager
@@ -192,15 +131,8 @@ async def recording(
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
-
-
 async def folded(worker: Worker, entries: int) -> None:
-    await until(lambda: sum(worker.pipeline.counts.values()) == entries)
+    await met(lambda: sum(worker.pipeline.counts.values()) == entries)
 
 
 def snapshot_taken(out: Path) -> Callable[[], bool]:
@@ -220,14 +152,14 @@ def decided(worker: Worker) -> int:
 
 
 def test_everything_from_the_first_entry_is_found_again(
-    redis_server: RedisServer, artifact: Path, tmp_path: Path
+    redis_server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
-    config = config_of(redis_server, artifact)
+    config = config_of(redis_server, lively_policy)
     entries = feed(1)
 
     async def main() -> int:
-        async with recording(config, tmp_path), working(config) as worker:
-            await until(snapshot_taken(tmp_path))
+        async with recording(config, tmp_path), serving(config) as worker:
+            await met(snapshot_taken(tmp_path))
             for start in range(0, len(entries), 300):
                 append(redis_server, entries[start : start + 300])
                 await asyncio.sleep(0.05)
@@ -243,22 +175,22 @@ def test_everything_from_the_first_entry_is_found_again(
 
 
 def test_a_recording_may_begin_in_the_middle_and_outlive_the_worker(
-    server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
-    config = config_of(server, artifact)
+    config = config_of(server, lively_policy)
     entries = feed(2)
     third = len(entries) // 3
 
     async def main() -> None:
         append(server, entries[:third])
-        async with working(config) as worker:
+        async with serving(config) as worker:
             await folded(worker, third)
             async with recording(config, tmp_path):
-                await until(snapshot_taken(tmp_path))
+                await met(snapshot_taken(tmp_path))
                 append(server, entries[third : 2 * third])
                 await folded(worker, 2 * third)
                 worker.stop()
-                async with working(config) as successor:
+                async with serving(config) as successor:
                     append(server, entries[2 * third :])
                     await folded(successor, len(entries))
 
@@ -270,9 +202,9 @@ def test_a_recording_may_begin_in_the_middle_and_outlive_the_worker(
 
 
 def test_a_state_of_before_losses_were_counted_is_continued_and_found_again(
-    redis_server: RedisServer, artifact: Path, tmp_path: Path, tier: str
+    redis_server: RedisServer, lively_policy: Path, tmp_path: Path, tier: str
 ) -> None:
-    config = config_of(redis_server, artifact)
+    config = config_of(redis_server, lively_policy)
     entries = feed(3, minutes=10)
     half = len(entries) // 2
 
@@ -286,15 +218,15 @@ def test_a_state_of_before_losses_were_counted_is_continued_and_found_again(
 
     async def main() -> None:
         append(redis_server, entries[:half])
-        async with working(config) as worker:
+        async with serving(config) as worker:
             await folded(worker, half)
         assert {n.get("lost") for n in counts().values()} == {0 if tier == "7" else None}
         with redis.Redis.from_url(redis_server.url) as client:
             own = list(unpack(client.hget(KEYS.state(""), "own")))
             own[5] = {}  # nothing was kept of streams that lost nothing
             client.hset(KEYS.state(""), "own", pack(tuple(own)))
-        async with recording(config, tmp_path), working(config) as worker:
-            await until(snapshot_taken(tmp_path))
+        async with recording(config, tmp_path), serving(config) as worker:
+            await met(snapshot_taken(tmp_path))
             append(redis_server, entries[half:])
             await folded(worker, len(entries))
         assert {n.get("lost") for n in counts().values()} == {0 if tier == "7" else None}
@@ -308,14 +240,14 @@ def test_a_state_of_before_losses_were_counted_is_continued_and_found_again(
 
 
 def test_a_strangers_record_is_recorded_like_any_other(
-    server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
-    config = config_of(server, artifact)
+    config = config_of(server, lively_policy)
     entries = feed(4, minutes=2)
 
     async def main() -> None:
-        async with recording(config, tmp_path), working(config) as worker:
-            await until(snapshot_taken(tmp_path))
+        async with recording(config, tmp_path), serving(config) as worker:
+            await met(snapshot_taken(tmp_path))
             with redis.Redis.from_url(server.url) as client:
                 client.xadd(KEYS.comparisons, {"payload": '{"kind":"run","action_table":[]}'})
             append(server, entries)
@@ -329,14 +261,14 @@ def test_a_strangers_record_is_recorded_like_any_other(
 
 
 def test_decisions_left_out_under_load_are_left_out_again(
-    server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
-    config = config_of(server, artifact, conflate_after=1.0, max_batch=37)
+    config = config_of(server, lively_policy, conflate_after=1.0, max_batch=37)
     entries = feed(3)
 
     async def main() -> int:
-        async with recording(config, tmp_path), working(config) as worker:
-            await until(snapshot_taken(tmp_path))
+        async with recording(config, tmp_path), serving(config) as worker:
+            await met(snapshot_taken(tmp_path))
             append(server, entries)
             await folded(worker, len(entries))
         return decided(worker)
@@ -351,13 +283,13 @@ def test_decisions_left_out_under_load_are_left_out_again(
 @pytest.mark.parametrize("conflate_after", [None, 1.0])
 def test_lost_and_disordered_entries_are_found_again(
     redis_server: RedisServer,
-    artifact: Path,
+    lively_policy: Path,
     tmp_path: Path,
     conflate_after: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("worker.bus.LOSS_CHECK_S", 0.0)
-    config = config_of(redis_server, artifact, conflate_after=conflate_after)
+    config = config_of(redis_server, lively_policy, conflate_after=conflate_after)
     entries = feed(7, minutes=40)
     third = len(entries) // 3
     future = int(time.time() * 1000) + 3_600_000
@@ -368,14 +300,14 @@ def test_lost_and_disordered_entries_are_found_again(
     ]  # fmt: skip
 
     async def main() -> tuple[int, int]:
-        async with recording(config, tmp_path), working(config) as worker:
-            await until(snapshot_taken(tmp_path))
+        async with recording(config, tmp_path), serving(config) as worker:
+            await met(snapshot_taken(tmp_path))
             append(redis_server, entries[:third])
             await folded(worker, third)
             append(redis_server, ahead[:70])
             await folded(worker, third + 70)
             newest = max(id_ for name, id_, _ in entries[:third] if name.endswith("tick"))
-            await until(lambda: recorded_to(tmp_path, newest))  # else the recorder loses them, too
+            await met(lambda: recorded_to(tmp_path, newest))  # else the recorder loses them, too
             with redis.Redis.from_url(redis_server.url) as client, client.pipeline() as batch:
                 for name, entry_id, fields in entries[third : 2 * third]:
                     batch.xadd(name, fields, id=entry_id)
@@ -402,22 +334,22 @@ def test_lost_and_disordered_entries_are_found_again(
 
 
 def test_a_swap_of_policy_is_found_again(
-    redis_server: RedisServer, artifact: Path, tmp_path: Path
+    redis_server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
     served = tmp_path / "served.safetensors"
-    served.write_bytes(artifact.read_bytes())
+    served.write_bytes(lively_policy.read_bytes())
     config = config_of(redis_server, served)
     entries = feed(8)
     half = len(entries) // 2
 
     async def main() -> tuple[int, Worker]:
         out = tmp_path / "recording"
-        async with recording(config, out), working(config) as worker:
-            await until(snapshot_taken(out))
+        async with recording(config, out), serving(config) as worker:
+            await met(snapshot_taken(out))
             append(redis_server, entries[:half])
             await folded(worker, half)
             served.write_bytes(shipped_policy().read_bytes())
-            await until(lambda: reasons_of(redis_server)["swap"] == 1)
+            await met(lambda: reasons_of(redis_server)["swap"] == 1)
             append(redis_server, entries[half:])
             await folded(worker, len(entries))
         return decided(worker), worker
@@ -443,14 +375,14 @@ def reasons_of(server: RedisServer) -> Counter[str]:
 
 
 def test_source_and_sink_may_be_two_servers(
-    redis_server: RedisServer, second_server: RedisServer, artifact: Path, tmp_path: Path
+    redis_server: RedisServer, second_server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
-    config = config_of(redis_server, artifact, sink_url=second_server.url)
+    config = config_of(redis_server, lively_policy, sink_url=second_server.url)
     entries = feed(4, minutes=5)
 
     async def main() -> int:
-        async with recording(config, tmp_path), working(config) as worker:
-            await until(snapshot_taken(tmp_path))
+        async with recording(config, tmp_path), serving(config) as worker:
+            await met(snapshot_taken(tmp_path))
             append(redis_server, entries)
             await folded(worker, len(entries))
         return decided(worker)
@@ -460,20 +392,20 @@ def test_source_and_sink_may_be_two_servers(
 
 
 def test_killed_recorder_continues_and_an_interrupted_recording_can_be_audited(
-    server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
-    config = config_of(server, artifact)
+    config = config_of(server, lively_policy)
     entries = feed(5)
     command = leashed(sys.executable, "-c", PROGRAM, server.url, str(tmp_path))
     half = len(entries) // 2
 
     async def main() -> int:
-        async with working(config) as worker:
+        async with serving(config) as worker:
             recorder = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
-            await until(snapshot_taken(tmp_path))
+            await met(snapshot_taken(tmp_path))
             append(server, entries[:half])
             await folded(worker, half)
-            await until(lambda: read_position(tmp_path) is not None)
+            await met(lambda: read_position(tmp_path) is not None)
             append(server, entries[half:])
             recorder.kill()
             recorder.wait()
@@ -490,14 +422,14 @@ def test_killed_recorder_continues_and_an_interrupted_recording_can_be_audited(
 
 
 def test_a_record_that_nobody_computes_and_a_changed_value_are_found(
-    server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
-    config = config_of(server, artifact)
+    config = config_of(server, lively_policy)
     entries = feed(6, minutes=3)
 
     async def main() -> None:
-        async with recording(config, tmp_path), working(config) as worker:
-            await until(snapshot_taken(tmp_path))
+        async with recording(config, tmp_path), serving(config) as worker:
+            await met(snapshot_taken(tmp_path))
             append(server, entries)
             await folded(worker, len(entries))
 
@@ -522,13 +454,13 @@ def test_a_record_that_nobody_computes_and_a_changed_value_are_found(
 
 
 def test_records_of_before_they_named_their_source_are_audited(
-    server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
-    config = config_of(server, artifact)
+    config = config_of(server, lively_policy)
 
     async def main() -> None:
-        async with recording(config, tmp_path), working(config) as worker:
-            await until(snapshot_taken(tmp_path))
+        async with recording(config, tmp_path), serving(config) as worker:
+            await met(snapshot_taken(tmp_path))
             entries = feed(6, minutes=3)
             append(server, entries)
             await folded(worker, len(entries))
@@ -589,15 +521,15 @@ def _change(
 
 
 def test_one_changed_byte_is_found_and_named(
-    server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
-    config = config_of(server, artifact)
+    config = config_of(server, lively_policy)
     entries = feed(9, minutes=40)
     whole = tmp_path / "whole"
 
     async def main() -> None:
-        async with recording(config, whole), working(config) as worker:
-            await until(snapshot_taken(whole))
+        async with recording(config, whole), serving(config) as worker:
+            await met(snapshot_taken(whole))
             append(server, entries)
             await folded(worker, len(entries))
 
@@ -635,10 +567,10 @@ def test_one_changed_byte_is_found_and_named(
 
 
 def test_what_is_kept_for_a_while_lies_in_parts_that_follow_each_other(
-    server: RedisServer, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: RedisServer, lively_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.recorder.FLUSH_S", 0.1)
-    config = config_of(server, artifact)
+    config = config_of(server, lively_policy)
     entries = feed(10, minutes=60)
     keep = Keep(hours=2.0 / 3_600)  # parts of half a second
 
@@ -647,11 +579,11 @@ def test_what_is_kept_for_a_while_lies_in_parts_that_follow_each_other(
 
     async def main() -> tuple[set[str], int]:
         seen: set[str] = set()
-        async with recording(config, tmp_path, keep), working(config) as worker:
-            await until(lambda: bool(parts()))
+        async with recording(config, tmp_path, keep), serving(config) as worker:
+            await met(lambda: bool(parts()))
             for start in range(0, len(entries), 400):
                 append(server, entries[start : start + 400])
-                await until(lambda: not set(parts()) <= seen)  # a part began
+                await met(lambda: not set(parts()) <= seen)  # a part began
                 seen.update(parts())
             await folded(worker, len(entries))
         async with recording(config, tmp_path, keep):  # continues the newest part
@@ -676,10 +608,10 @@ def test_what_is_kept_for_a_while_lies_in_parts_that_follow_each_other(
 
 
 def test_a_part_that_cannot_begin_is_one_sentence_and_the_former_one_goes_on(
-    server: RedisServer, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: RedisServer, lively_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.recorder.FLUSH_S", 0.1)
-    config = config_of(server, artifact)
+    config = config_of(server, lively_policy)
     entries = feed(10, minutes=4)
     half = len(entries) // 2
     name = f"{load_policy(config).digest}.safetensors"
@@ -691,14 +623,14 @@ def test_a_part_that_cannot_begin_is_one_sentence_and_the_former_one_goes_on(
 
     async def until_it_ends(worker: Worker) -> None:
         async with recording(config, tmp_path, Keep(hours=2.0 / 3_600)):
-            await until(lambda: any(tmp_path.glob("part-*/snapshot.msgpack")))
+            await met(lambda: any(tmp_path.glob("part-*/snapshot.msgpack")))
             kept().rename(gone)
             append(server, entries[:half])
             await folded(worker, half)
             await asyncio.sleep(1.0)
 
     async def main() -> None:
-        async with working(config) as worker:
+        async with serving(config) as worker:
             with pytest.raises(
                 UserError, match=r"to take another part .* found: .*No such"
             ) as told:
@@ -743,13 +675,13 @@ def test_a_whole_recording_is_not_continued_in_parts(tmp_path: Path, server: Red
         asyncio.run(record(server.url, server.url, "quantum", tmp_path, keep=Keep(gb=1.0)))
 
 
-def test_binary_fields_survive(server: RedisServer, artifact: Path, tmp_path: Path) -> None:
-    config = config_of(server, artifact)
+def test_binary_fields_survive(server: RedisServer, lively_policy: Path, tmp_path: Path) -> None:
+    config = config_of(server, lively_policy)
     odd = {b"\x00\xff": b"\xfe\x00", b"payload": bytes(range(256)), "ключ".encode(): b""}
 
     async def main() -> None:
-        async with recording(config, tmp_path), working(config) as worker:
-            await until(snapshot_taken(tmp_path))
+        async with recording(config, tmp_path), serving(config) as worker:
+            await met(snapshot_taken(tmp_path))
             with redis.Redis.from_url(server.url) as client:
                 client.xadd(KEYS.stream("market.tick"), odd, id=f"{T0}-7")
                 client.xadd(
@@ -773,13 +705,13 @@ def test_missing_or_damaged_recordings_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_recording_of_another_prefix_is_refused(
-    server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
-    config = config_of(server, artifact)
+    config = config_of(server, lively_policy)
 
     async def main() -> None:
-        async with recording(config, tmp_path), working(config):
-            await until(snapshot_taken(tmp_path))
+        async with recording(config, tmp_path), serving(config):
+            await met(snapshot_taken(tmp_path))
         with pytest.raises(DataError, match="expected a recording of prefix other"):
             await record(server.url, server.url, "other", tmp_path)
 
@@ -788,27 +720,27 @@ def test_a_recording_of_another_prefix_is_refused(
 
 @pytest.mark.parametrize("value", [b"1", None])
 def test_kill_switch_is_committed_where_it_was_read_and_audited_there(
-    server: RedisServer, artifact: Path, tmp_path: Path, value: bytes | None
+    server: RedisServer, lively_policy: Path, tmp_path: Path, value: bytes | None
 ) -> None:
     """A key of another type is not a clear "off": it stops as well."""
     limits = RiskLimits(max_leverage=1.0, kill_switch="quantum:kill")
-    config = config_of(server, artifact, risk_limits=limits)
+    config = config_of(server, lively_policy, risk_limits=limits)
     entries = feed(11)
     third = len(entries) // 3
 
     async def main() -> None:
         with redis.Redis.from_url(server.url) as client:
             client.delete("quantum:kill")
-            async with recording(config, tmp_path), working(config) as worker:
-                await until(snapshot_taken(tmp_path))
+            async with recording(config, tmp_path), serving(config) as worker:
+                await met(snapshot_taken(tmp_path))
                 append(server, entries[:third])
                 await folded(worker, third)
                 client.set("quantum:kill", value) if value else client.rpush("quantum:kill", "x")
-                await until(lambda: worker.pipeline.killed)
+                await met(lambda: worker.pipeline.killed)
                 append(server, entries[third : 2 * third])
                 await folded(worker, 2 * third)
                 client.delete("quantum:kill")
-                await until(lambda: not worker.pipeline.killed)
+                await met(lambda: not worker.pipeline.killed)
                 append(server, entries[2 * third :])
                 await folded(worker, len(entries))
 
@@ -825,21 +757,21 @@ def test_kill_switch_is_committed_where_it_was_read_and_audited_there(
 
 
 def test_a_recording_is_backtested_and_explains_its_advisory_decisions(
-    server: RedisServer, artifact: Path, tmp_path: Path
+    server: RedisServer, lively_policy: Path, tmp_path: Path
 ) -> None:
     """Without Redis the same policy decides the same, beside RL v2's recorded decisions."""
-    config = config_of(server, artifact)
+    config = config_of(server, lively_policy)
     recorded = tmp_path / "recording"
     entries = feed(4)
 
     async def main() -> None:
-        async with recording(config, recorded), working(config) as worker:
-            await until(snapshot_taken(recorded))
+        async with recording(config, recorded), serving(config) as worker:
+            await met(snapshot_taken(recorded))
             append(server, entries)
             await folded(worker, len(entries))
 
     asyncio.run(main())
-    done = backtest(artifact, recording=recorded, store_dir=tmp_path / "store", rl_v2="bus")
+    done = backtest(lively_policy, recording=recorded, store_dir=tmp_path / "store", rl_v2="bus")
     assert done.symbols == ("AAAUSDT", "BBBUSDT")
     assert done.entries == len(entries)
     assert done.speed > 1.0

@@ -9,10 +9,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
@@ -24,6 +22,7 @@ import redis
 
 from rlv3.errors import PolicyError
 from tests import acl
+from tests.worker.conftest import met, serving, until
 from worker import logs
 from worker.artifact import load_policy, policy_at_start
 from worker.bus import Bus
@@ -35,7 +34,6 @@ from worker.service import Worker
 KEYS = Keys("t")
 TICKS, SIGNALS, KLINES = map(KEYS.stream, ("market.tick", "signal.generated", "market.klines"))
 START_MS = 1_760_000_000_000
-PATIENCE_S = 20.0
 
 # -- the market: one symbol a second, all events before now ---------------------------------------
 
@@ -76,55 +74,6 @@ def counters(client: redis.Redis) -> dict[str, int]:
     """Return the worker's counters by `event type:outcome`."""
     meta = client.hgetall(KEYS.meta)
     return {k[2:].decode(): int(v) for k, v in meta.items() if k.startswith(b"n:")}
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-# -- the daemon -----------------------------------------------------------------------------------
-
-
-class Daemon:
-    """`rlv3-worker run` in a process of its own."""
-
-    def __init__(self, url: str, policy: Path, *flags: str) -> None:
-        command = [
-            sys.executable, "-c", "from worker.cli import main; main()", "run",
-            "--redis-url", url, "--prefix", "t", "--policy", str(policy),
-            "--rl-v2", "bus", "--start", "oldest", "--conflate-after", "off",
-            "--max-event-age", "off", *flags,
-        ]  # fmt: skip
-        environ = {k: v for k, v in os.environ.items() if not k.startswith(("REDIS_", "RLV3_"))}
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
-        )
-
-    def end(self, how: signal.Signals | None = None) -> tuple[int, list[dict[str, Any]], str]:
-        """Return exit code, log lines and stderr, after a signal if one is given."""
-        if how is not None:
-            self.process.send_signal(how)
-        out, err = self.process.communicate(timeout=PATIENCE_S)
-        return self.process.returncode, [json.loads(line) for line in out.splitlines()], err
-
-
-@pytest.fixture
-def daemon(policy_file: Path) -> Iterator[Callable[..., Daemon]]:
-    """Start daemons; what still runs at the end is killed."""
-    started: list[Daemon] = []
-
-    def start(url: str, *flags: str, policy: Path = policy_file) -> Daemon:
-        started.append(Daemon(url, policy, *flags))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.process.kill()
-        one.process.communicate()
 
 
 def events(lines: list[dict[str, Any]]) -> list[str]:
@@ -374,26 +323,9 @@ async def working(url: str, policy: Path, **flags: Any) -> AsyncIterator[tuple[W
         "redis_url": url, "prefix": "t", "policy": str(policy), "rl_v2": "bus",
         "start": "oldest", "conflate_after": "off", "max_event_age": "off",
     }  # fmt: skip
-    config = load_config(given | flags, {})
     out = StringIO()
-    bus = Bus(config.source_url, config.sink_url, Keys(config.prefix), config.inputs)
-    worker = Worker(config, bus, load_policy(config), None, logs.configure("INFO", out))
-    task = asyncio.create_task(worker.run())
-    try:
+    async with serving(load_config(given | flags, {}), logs.configure("INFO", out)) as worker:
         yield worker, out
-    finally:
-        worker.stop()
-        await task
-        await bus.close()
-
-
-async def met(condition: Callable[[], object]) -> None:
-    """Wait for a condition while the worker runs in the same loop."""
-    for _ in range(int(PATIENCE_S / 0.01)):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    pytest.fail("waited in vain")
 
 
 async def settled(client: redis.Redis, n: int) -> None:

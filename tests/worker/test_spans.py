@@ -26,7 +26,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from rlv3.errors import ConfigError
 from rlv3.extras import require
 from shadow.records import Output
-from tests.worker.test_recorder import config_of, until
+from tests.worker.conftest import met
+from tests.worker.test_recorder import config_of
 from worker import logs
 from worker.artifact import policy_at_start
 from worker.bus import Bus
@@ -222,7 +223,7 @@ def test_the_worker_traces_its_commits(
         spans = Spans(otlp(), out)
         worker = Worker(config, bus, await policy_at_start(config, bus, out), None, out, spans)
         task = asyncio.create_task(worker.run())
-        await until(lambda: client.hget(KEYS.meta, "owner"))
+        await met(lambda: client.hget(KEYS.meta, "owner"))
         for ms, price in ((1_000, 100.0), (61_000, 101.0)):
             body = {
                 "symbol": "AAAUSDT", "price": price, "timestamp": (T0 + ms) / 1e3,
@@ -230,7 +231,7 @@ def test_the_worker_traces_its_commits(
             }  # fmt: skip
             payload = json.dumps(body)
             client.xadd(KEYS.stream("market.tick"), {"payload": payload}, id=f"{T0 + ms}-0")
-        await until(lambda: client.xlen(KEYS.decisions) == 2)
+        await met(lambda: client.xlen(KEYS.decisions) == 2)
         worker.stop()
         await task
         await bus.close()
