@@ -528,17 +528,23 @@ class Bus:
             if stream not in infos:
                 continue
             info, cursor = infos[stream], self.cursors[stream]
-            missed = self._losses.check(event_type, info, cursor)
+            anew = info is not None and info.began_anew(cursor, self._time_ms)
+            missed = None if anew else self._losses.check(event_type, info, cursor)
             if missed == 0 or info is None:
                 continue
             if self._on_gap == "fail":
+                count = "some" if missed is None else missed
+                what = (
+                    "it began anew below that id"
+                    if anew
+                    else f"{count} entries were trimmed before they were read"
+                )
                 raise CheckFailed(
-                    f"expected {stream} to hold what follows {cursor}, found that "
-                    f"{'some' if missed is None else missed} entries were trimmed before they "
-                    "were read; choose --on-gap resume-oldest or resume-latest"
+                    f"expected {stream} to hold what follows {cursor}, found that {what}; choose "
+                    "--on-gap resume-oldest or resume-latest"
                 )
             upto = info.resumed(cursor, latest=latest)
-            skipped = self._losses.check(event_type, info, upto) if latest else 0
+            skipped = self._losses.check(event_type, info, upto) if latest or anew else 0
             entries = None if missed is None or skipped is None else missed + skipped
             found[event_type] = Loss(entries, cursor, upto)
             self.cursors[stream] = upto

@@ -49,9 +49,17 @@ class StreamInfo(NamedTuple):
             added=values.get(b"entries-added"),
         )
 
+    def began_anew(self, cursor: str, time_ms: float) -> bool:
+        """Return True when a stream's ids grow below a cursor in the future, so none is ever read.
+
+        It was deleted, perhaps to be rid of ids in the future. Where the cursor is no later than
+        TIME, a source only went back a little (a promoted replica): its next id lies behind it.
+        """
+        return parse_id(self.last) < parse_id(cursor) and parse_id(cursor)[0] > time_ms
+
     def resumed(self, cursor: str, *, latest: bool) -> str:
         """Return the cursor behind a hole: before the oldest entry left, or at the stream's end."""
-        if not _passed(self, cursor):
+        if not _passed(self, cursor) and parse_id(cursor) <= parse_id(self.last):
             return cursor
         return self.last if latest or self.first is None else _before(self.first)
 

@@ -648,7 +648,7 @@ class Worker:
             )
             self.log.error(
                 "ENTRIES_LOST",
-                msg="the stream was trimmed before we read it",
+                msg="the stream was trimmed before we read it, or began anew",
                 stream=event_type,
                 entries=_counted(loss.entries),
                 after=loss.after,

@@ -312,6 +312,38 @@ def test_a_hole_is_skipped_to_the_end_or_refused_when_told(redis_server, client,
     asyncio.run(play())
 
 
+@pytest.mark.parametrize(
+    ("on_gap", "upto"), [("resume-oldest", f"8-{2**64 - 1}"), ("resume-latest", "9-0")]
+)
+def test_a_stream_that_began_anew_below_ids_in_the_future_is_read_again(
+    redis_server, client, on_gap, upto
+) -> None:
+    """Whoever deletes a stream to be rid of such ids would else be read in the future only."""
+
+    async def play() -> None:
+        async with opened(redis_server.url) as bus:
+            await acquire(bus)
+            far = f"{int(time.time() * 1_000) + 3_600_000}-0"
+            client.xadd(TICKS, BODY, id=far)
+            assert (await bus.read(10)).ahead == 1
+            await bus.commit(a_commit("a", far, counts={("market.tick", "decided"): 1}))
+            client.delete(TICKS)
+            client.xadd(TICKS, BODY, id="9-0")
+            await acquire(bus, on_gap="fail")
+            with pytest.raises(CheckFailed, match="found that it began anew"):
+                await bus.read(10)
+            await acquire(bus, on_gap=on_gap)
+            lost = Loss(None, far, upto)
+            assert (await bus.read(10)).lost == {"market.tick": lost}
+            client.xadd(TICKS, BODY, id="10-0")
+            batch = await bus.read(10)
+            read = [entry.entry_id for entry in batch.entries]
+            assert read == (["10-0"] if upto == "9-0" else ["9-0", "10-0"])
+            assert batch.lost == {}
+
+    asyncio.run(play())
+
+
 # -- the release rule -----------------------------------------------------------------------------
 
 
