@@ -244,8 +244,10 @@ class Monitor:
 
     def _remember(self, at_ms: float, status: Status) -> None:
         history = self._history
-        if history and history[-1][1].started_s != status.started_s:
-            history.clear()  # another process counts anew
+        if history:
+            last_ms, last = history[-1]
+            if last.started_s != status.started_s or at_ms < last_ms:
+                history.clear()  # another process counts anew; a clock that was set back as well
         if not history or history[-1][0] != at_ms:
             history.append((at_ms, status))
         while history[0][0] < at_ms - LATENCY_S * 1_000:

@@ -11,11 +11,13 @@ import redis
 
 from shadow.records import encode, encode_msgpack
 from tests.shadow.test_store import decision
+from tests.worker.test_metrics import status as status_of
 from worker import logs
 from worker.api import Api
 from worker.embedded import RedisServer
 from worker.keys import Keys
 from worker.monitor import Monitor
+from worker.status import encode as encode_status
 
 KEYS = Keys("t")
 EARLIER = {
@@ -66,3 +68,20 @@ def test_a_monitor_that_ends_by_a_bug_is_not_ready_and_says_so(
     line = json.loads(out.getvalue().splitlines()[-1])
     assert line["event"] == "TASK_FAILED"
     assert "a bug" in line["msg"]
+
+
+def test_rates_go_on_when_redis_s_clock_is_set_back(
+    redis_server: RedisServer, client: redis.Redis
+) -> None:
+    monitor = Monitor(redis_server.url, KEYS, None, logs.configure("ERROR", StringIO()))
+    hour_ms = 3_600_000
+
+    async def play() -> None:
+        for at_ms, decided in ((2 * hour_ms, 100), (hour_ms, 200), (hour_ms + 1_000, 230)):
+            body = status_of(decisions=decided)
+            client.hset(KEYS.status, mapping={"at_ms": at_ms, "body": encode_status(body)})
+            await monitor.look()
+        await monitor.close()
+
+    asyncio.run(play())
+    assert monitor.view.rates["decisions"] == 30.0
