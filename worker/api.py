@@ -11,7 +11,6 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import os
 import re
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -40,8 +39,6 @@ from worker.meter import rss_bytes
 from worker.monitor import RECENT, SILENT_S, Monitor, View
 from worker.reports import Reports
 
-NICE = 10
-"""Added to this process's priority: the worker comes first."""
 STREAMS = 32
 """Pages that may watch at the same time."""
 CONNECTIONS = 256
@@ -522,8 +519,6 @@ def serve(config: ApiConfig, log: Log) -> None:
         PolicyError: the artifact that `--policy` names cannot be used.
         ConfigError: the address cannot be had.
     """
-    with contextlib.suppress(PermissionError):  # a confined service: its unit says Nice= itself
-        os.nice(NICE)
 
     def listens(host: str, port: int) -> None:
         log.info("API_LISTENS", msg=f"http://{host}:{port}", token=bool(config.token))

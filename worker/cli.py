@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
+from enum import IntEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,15 @@ from rlv3 import console
 from rlv3.errors import ConfigError
 from rlv3.extras import require
 from worker.config import WorkerConfig, load_api_config, load_config
+
+
+class Niceness(IntEnum):
+    """Who waits where the processor is short: production's programs never, ours in this order."""
+
+    WORKER = 10
+    COLLECTOR = 12
+    API = 15
+
 
 app = typer.Typer(
     name="rlv3-worker",
@@ -44,6 +55,15 @@ PolicyFile = Annotated[
 Untrained = Annotated[
     bool | None, typer.Option("--allow-untrained", help="Serve a policy that never trained.")
 ]
+
+
+def _give_way(niceness: Niceness) -> None:
+    """Lower our own priority, so that a producer beside us does not notice us.
+
+    A confined service may not, and needs not: its unit says so itself.
+    """
+    with contextlib.suppress(PermissionError):
+        os.nice(niceness)
 
 
 @app.command()
@@ -122,6 +142,7 @@ def run(
     from worker import logs, service
 
     settings = load_config(flags, os.environ, config)
+    _give_way(Niceness.WORKER)
     uvloop.run(service.run(settings, logs.configure(settings.log_level)))
 
 
@@ -136,6 +157,7 @@ def collect(
 
     where = _where(redis_url, prefix)
     logs.configure(where.log_level)
+    _give_way(Niceness.COLLECTOR)
     asyncio.run(collector.collect(where.sink_url, where.prefix, store))
 
 
@@ -169,6 +191,7 @@ def api(
     from worker import api as api_
     from worker import logs
 
+    _give_way(Niceness.API)
     api_.serve(settings, logs.configure(settings.log_level))
 
 
@@ -193,6 +216,7 @@ def record(
     logs.configure(where.log_level)
     limited = keep_hours is not None or keep_gb is not None
     keep = recorder.Keep(keep_hours, keep_gb) if limited else None
+    _give_way(Niceness.COLLECTOR)
     asyncio.run(recorder.record(where.source_url, where.sink_url, where.prefix, out, keep=keep))
 
 

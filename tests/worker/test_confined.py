@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.worker import confined
+from worker.cli import Niceness
 from worker.embedded import RedisServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,11 +56,13 @@ def test_a_program_starts_and_stops_under_its_unit(
     assert process.wait(30) == 0, log.read_text()
 
 
-def test_the_http_process_and_the_collector_come_after_the_worker() -> None:
+def test_production_comes_first_then_worker_collector_and_http_process() -> None:
     def priority(name: str) -> tuple[int, int]:
         text = (ROOT / "deploy" / "systemd" / f"quantum-rl-v3-{name}.service").read_text("utf-8")
         found = {key: int(n) for key, n in re.findall(r"^(Nice|CPUWeight)=(\d+)$", text, re.M)}
-        return found.get("Nice", 0), -found.get("CPUWeight", 100)
+        return found["Nice"], found["CPUWeight"]
 
-    assert priority("shadow") == (0, -100)
-    assert priority("shadow") < priority("collector") < priority("api")
+    units = [priority("shadow"), priority("collector"), priority("api")]
+    assert [niceness for niceness, _ in units] == list(Niceness)
+    weights = [weight for _, weight in units]
+    assert 100 > weights[0] > weights[1] > weights[2]
