@@ -68,7 +68,28 @@ class Reports:
         self._place.cleanup()
 
     async def _build(self) -> None:
-        process = await asyncio.create_subprocess_exec(
+        process: asyncio.subprocess.Process | None = None
+        try:
+            process = await self._start()
+            _, said = await asyncio.wait_for(process.communicate(), BUILD_S)
+            words = said.decode(errors="replace").strip().splitlines()
+            good = process.returncode in _GOOD
+            self._error = "" if good else (words[-1] if words else f"exit {process.returncode}")
+        except TimeoutError:
+            self._error = f"expected a report within {BUILD_S:.0f} s, found none"
+        except OSError as error:  # no process or no memory for one, now
+            self._error = f"expected to start the report's program, found: {error}"
+        finally:
+            if process is not None and process.returncode is None:
+                process.kill()
+                await process.wait()
+            self._tried_at = time.monotonic()
+            self._building = None
+        if self._error:
+            self._log.warning("REPORT_FAILED", msg=self._error, store=str(self._store))
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
             *_NICE,
             *leashed(
                 sys.executable, "-m", "shadow.cli", "report",
@@ -78,18 +99,3 @@ class Reports:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        try:
-            _, said = await asyncio.wait_for(process.communicate(), BUILD_S)
-            words = said.decode(errors="replace").strip().splitlines()
-            good = process.returncode in _GOOD
-            self._error = "" if good else (words[-1] if words else f"exit {process.returncode}")
-        except TimeoutError:
-            self._error = f"expected a report within {BUILD_S:.0f} s, found none"
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-            self._tried_at = time.monotonic()
-            self._building = None
-        if self._error:
-            self._log.warning("REPORT_FAILED", msg=self._error, store=str(self._store))
