@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import typer
@@ -123,10 +124,21 @@ def _names(stream: str | None) -> tuple[str, ...]:
 
 async def _reading(url: str, keys: Keys, names: Iterable[str]) -> list[Letter]:
     async with connected(url) as link:
-        try:
+        with _asking(url, "to let us read dead letters"):
             return [letter async for letter in _letters(link, keys, names)]
-        except RedisError as error:
-            raise refused(url, "to let us read dead letters", error) from error
+
+
+@contextmanager
+def _asking(url: str, expected: str) -> Iterator[None]:
+    """Name the server that refused, and what it was asked for.
+
+    Raises:
+        RedisUnavailable: in place of the client's error.
+    """
+    try:
+        yield
+    except RedisError as error:
+        raise refused(url, expected, error) from error
 
 
 async def _letters(link: Redis, keys: Keys, names: Iterable[str]) -> AsyncIterator[Letter]:
@@ -189,15 +201,15 @@ def replay(request: Request) -> None:
 
 async def _replay(request: Request, keys: Keys) -> None:
     async with connected(request.sink_url) as sink, connected(request.source_url) as source:
-        try:
+        with _asking(request.sink_url, "to let us read dead letters"):
             letters = await _chosen(sink, keys, request)
+        with _asking(request.source_url, "to let us read what the letters are about"):
             plans = [await _plan(source, letter, bool(request.ids)) for letter in letters]
-            good = [plan for plan in plans if plan.fields is not None]
-            _explain(plans)
-            if good and not request.dry_run and _agreed(request, len(good), keys):
+        good = [plan for plan in plans if plan.fields is not None]
+        _explain(plans)
+        if good and not request.dry_run and _agreed(request, len(good), keys):
+            with _asking(request.sink_url, "to take replays"):
                 await _append(sink, keys, good)
-        except RedisError as error:
-            raise refused(request.sink_url, "to serve the replay", error) from error
     if request.ids and len(good) < len(plans):
         raise CheckFailed(
             f"expected to replay {len(plans)} dead letters, found that {len(plans) - len(good)} "

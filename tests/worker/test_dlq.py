@@ -15,12 +15,13 @@ import redis
 from rlv3.errors import ConfigError
 from shadow import codec
 from shadow.records import Entry, decision_id
+from tests.acl import ENABLED
 from tests.worker.conftest import met, serving
 from tests.worker.test_recorder import config_of, recording, snapshot_taken
 from worker import dlq
 from worker.audit import audit
 from worker.embedded import RedisServer
-from worker.errors import CheckFailed
+from worker.errors import CheckFailed, RedisUnavailable
 from worker.keys import Keys
 
 KEYS = Keys()
@@ -250,6 +251,36 @@ def test_what_was_cut_is_read_from_its_stream_or_cannot_be_replayed(
     with pytest.raises(CheckFailed, match="found that 1 of them cannot be") as caught:
         dlq.replay(request(redis_server, "market.tick/6-0"))
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.skipif(ENABLED, reason="gives users of its own")
+def test_a_replay_names_the_server_that_refused(
+    redis_server: RedisServer, client: redis.Redis, second_server: RedisServer
+) -> None:
+    cut = {b"payload": b'{"symbol": "AAAUSDT", "note": "' + b"x" * 5_000 + b'"}'}
+    mute, deaf = (
+        server.url.replace("//", "//narrow:secret@") for server in (redis_server, second_server)
+    )
+    with redis.Redis.from_url(second_server.url) as sink:
+        letters_about(
+            sink,
+            Entry(TICKS, "market.tick", "5-0", cut),  # the rest of it is at the source
+            Entry(TICKS, "market.tick", "6-0", {b"payload": b"{"}),
+        )
+        for link, rules in ((client, ["+ping"]), (sink, ["+ping", "+xrange", "+hget"])):
+            link.acl_setuser("narrow", True, nopass=True, keys=["*"], commands=rules)
+        with pytest.raises(RedisUnavailable) as caught:
+            dlq.replay(request(redis_server, source_url=mute, sink_url=second_server.url))
+        assert str(caught.value).startswith(
+            f"expected Redis at {redis_server.url} to let us read what the letters are about, found"
+        )
+        with pytest.raises(RedisUnavailable) as caught:
+            dlq.replay(request(redis_server, "market.tick/6-0", sink_url=deaf))
+        assert str(caught.value).startswith(
+            f"expected Redis at {second_server.url} to take replays, found"
+        )
+        assert sink.exists(KEYS.replay) == 0
+    client.acl_deluser("narrow")
 
 
 def test_replay_asks_first_and_leaves_out_what_would_do_harm_or_nothing(
