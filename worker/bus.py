@@ -147,8 +147,8 @@ class _Script:
         self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest()
 
 
-_ACQUIRE, _COMMIT, _TRIM, _PUBLISH = (
-    _Script(f"{name}.lua") for name in ("acquire", "commit", "trim", "publish")
+_ACQUIRE, _COMMIT, _TRIM, _PUBLISH, _SUSPECT = (
+    _Script(f"{name}.lua") for name in ("acquire", "commit", "trim", "publish", "suspect")
 )
 
 
@@ -663,12 +663,20 @@ class Bus:
         """Note what is in hand alone, and how often it was: should we die, it may be the cause.
 
         Written only while a worker starts after one that did not stop in order.
+
+        Raises:
+            Fenced: another worker owns the state; its note stays.
+            StateLost: our meta hash is gone, or an older one.
         """
         note = json.dumps({"place": place, "tries": tries})
-        await self._sink.call("HSET", self.keys.meta, "suspect", note)
+        status, *details = await self._sink.script(_SUSPECT, (self.keys.meta,), (self.epoch, note))
+        self._check_owner(status, details)
 
     async def beat(self) -> None:
-        """Renew the liveness key of production's convention."""
+        """Renew the liveness key of production's convention.
+
+        It says that a worker lives, not which: a fenced one may renew it until its next commit.
+        """
         await self._sink.call("SETEX", self.keys.heartbeat, HEARTBEAT_TTL_S, repr(time.time()))
 
     async def publish(self, body: bytes) -> None:

@@ -205,7 +205,7 @@ def test_missing_cursors_resume_at_the_latest_when_told(redis_server, client) ->
     asyncio.run(play())
 
 
-def test_meta_lost_while_running_is_noticed_by_commit_and_trim(redis_server, client) -> None:
+def test_meta_lost_while_running_is_noticed_by_every_write(redis_server, client) -> None:
     async def play() -> None:
         async with opened(redis_server.url) as bus:
             await acquire(bus)
@@ -214,6 +214,8 @@ def test_meta_lost_while_running_is_noticed_by_commit_and_trim(redis_server, cli
                 await bus.commit(a_commit("a"))
             with pytest.raises(StateLost, match="is gone"):
                 await bus.trim()
+            with pytest.raises(StateLost, match="is gone"):
+                await bus.suspect("stream|1-0", 1)
             assert client.dbsize() == 0
 
     asyncio.run(play())
@@ -232,7 +234,11 @@ def test_a_redis_that_went_back_is_started_from_again_and_fences_nobody(
             with pytest.raises(StateLost, match="forgot commits that it had applied"):
                 await bus.commit(a_commit("b", "6-0"))
             client.hset(KEYS.meta, "epoch", 1)
-            for attempt in (lambda: bus.commit(a_commit("b", "6-0")), bus.trim):
+            for attempt in (
+                lambda: bus.commit(a_commit("b", "6-0")),
+                bus.trim,
+                lambda: bus.suspect("stream|1-0", 1),
+            ):
                 with pytest.raises(StateLost, match="expected to own epoch 2, found epoch 1"):
                     await attempt()
             assert (await acquire(bus)).epoch == 2
@@ -555,6 +561,22 @@ def test_first_owner_is_fenced_at_its_next_commit(redis_server, client) -> None:
 
     asyncio.run(play())
     assert client.xlen(KEYS.decisions) == 2
+
+
+def test_a_fenced_worker_suspects_nothing(redis_server, client) -> None:
+    async def play() -> None:
+        async with opened(redis_server.url) as one, opened(redis_server.url) as two:
+            await acquire(one)
+            await one.suspect("stream|1-0", 1)
+            assert (await acquire(two)).suspect == ("stream|1-0", 1)
+            await two.suspect("stream|2-0", 2)
+            with pytest.raises(Fenced, match="found epoch 2"):
+                await one.suspect("stream|1-0", 2)
+            assert json.loads(client.hget(KEYS.meta, "suspect")) == {
+                "place": "stream|2-0", "tries": 2,
+            }  # fmt: skip
+
+    asyncio.run(play())
 
 
 def test_same_epoch_with_other_cursors_is_a_conflict(redis_server, client) -> None:

@@ -58,10 +58,10 @@ PLACES = {
     ("bus.py", "EVAL"): 1,
     ("bus.py", "SET"): 1,  # artifact
     ("bus.py", "SETEX"): 1,  # heartbeat
-    ("bus.py", "script()"): 4,  # acquire, commit, trim, publish
-    ("bus.py", "HSET"): 1,  # the suspect entry
+    ("bus.py", "script()"): 5,  # acquire, commit, trim, publish, suspect
     ("bus.py", "HINCRBY"): 1,  # how often one was fenced
     ("publish.lua", "HSET"): 1,  # status
+    ("suspect.lua", "HSET"): 1,  # the suspect entry
     ("collector.py", "set()"): 1,  # newest statistics
     ("dlq.py", "xadd()"): 1,  # our replay stream
     ("collector.py", "hset()"): 1,  # position
