@@ -4,6 +4,7 @@ UserError
  |- ConfigError   a setting is missing or impossible            2
  |- PolicyError   the artifact is missing, damaged or foreign   2
  |- DataError     a data file cannot be used                    2
+ |- OutOfMemory   the memory does not suffice now               1
 The worker adds RedisUnavailable (1), Fenced (3) and CheckFailed (4).
 """
 
@@ -32,3 +33,9 @@ class DataError(UserError, ValueError):
     """A data file is missing, unreadable or lacks what is asked of it; the program stops."""
 
     exit_code = 2
+
+
+class OutOfMemory(UserError, MemoryError):
+    """The memory does not suffice now, which says nothing against the data; try again."""
+
+    exit_code = 1

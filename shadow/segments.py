@@ -22,6 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import NamedTuple
 import duckdb
 import msgspec
 
-from rlv3.errors import DataError
+from rlv3.errors import DataError, OutOfMemory
 from shadow.records import MAX_ID_MS, StreamId, parse_id
 
 START = "0-0"
@@ -166,6 +167,22 @@ def _columns(path: Path) -> frozenset[str]:
         return frozenset()
 
 
+@contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """Tell a want of memory from damaged data: DuckDB's error is of one family for both.
+
+    Args:
+        what: was to be done, an infinitive without `to`.
+    Raises:
+        OutOfMemory: DuckDB had not enough.
+    """
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        found = str(error).partition("\n")[0]
+        raise OutOfMemory(f"expected memory enough to {what}, found: {found}") from error
+
+
 def _quoted_name(name: str) -> str:
     return f'"{name}"'
 
@@ -250,6 +267,7 @@ class SegmentWriter:
 
         Raises:
             OSError: the disk refuses; nothing is lost, call again.
+            OutOfMemory: so many rows at once need more; nothing is lost, call again.
         """
         written = {self._write(table, day, lines) for (table, day), lines in self._rows.items()}
         self._commit()
@@ -340,7 +358,7 @@ class SegmentWriter:
         """Write a query's rows to a file that appears whole and durable, or not at all."""
         temporary = path.with_name(f".{path.name}.tmp")
         try:
-            with self._duckdb.cursor() as cursor:
+            with within_memory(f"write {path}"), self._duckdb.cursor() as cursor:
                 cursor.execute(
                     f"COPY ({query}) TO {_quote(temporary)} "
                     "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, "  # 3 costs twice that

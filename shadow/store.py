@@ -44,6 +44,7 @@ from shadow.segments import (
     read_position,
     relation,
     valid_segments,
+    within_memory,
 )
 
 DECISIONS = "rl_v3.decision"
@@ -264,7 +265,7 @@ class StoreWriter:
         for segment in reversed(segments):
             query = f"SELECT {column} FROM ({relation(table, [segment.path])})"
             try:
-                with duckdb.connect() as connection:
+                with within_memory(f"read {segment.path}"), duckdb.connect() as connection:
                     rows = connection.execute(query).fetchall()
             except duckdb.Error as error:
                 raise DataError(f"segment {segment.path} is damaged: {error}") from error
@@ -327,7 +328,8 @@ class StoreReader:
                 # hashing a row reads every value of it, so a damaged page cannot hide
                 query = f"SELECT count(*), bit_xor(hash(item)) FROM {name} AS item"
                 try:
-                    rows[name] = connection.execute(query).fetchall()[0][0]
+                    with within_memory(f"read table {name} of {self.directory}"):
+                        rows[name] = connection.execute(query).fetchall()[0][0]
                 except duckdb.Error as error:
                     raise DataError(f"table {name} of {self.directory}: {error}") from error
         expected = sum(group.rows for group in self.position.groups.values())
@@ -342,7 +344,8 @@ class StoreReader:
 
     def _create_view(self, connection: duckdb.DuckDBPyConnection, name: str, query: str) -> None:
         try:
-            connection.execute(f"CREATE VIEW {name} AS {query}")
+            with within_memory(f"read table {name} of {self.directory}"):
+                connection.execute(f"CREATE VIEW {name} AS {query}")
         except duckdb.Error as error:
             raise DataError(f"table {name} of {self.directory} is damaged: {error}") from error
 

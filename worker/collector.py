@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 from redis.asyncio import Redis
 
-from rlv3.errors import DataError, UserError
+from rlv3.errors import DataError, OutOfMemory, UserError
 from shadow.evaluation.streaming import Keeper
 from shadow.records import parse_id
 from shadow.segments import START
@@ -155,7 +155,7 @@ class Collector:
         """Bring the verdict's statistics up to date with what is durable; it may wait a while."""
         try:
             content = await asyncio.to_thread(self._refresh_statistics)
-        except (OSError, DataError) as error:
+        except (OSError, DataError, OutOfMemory) as error:
             if str(error) != self._complaint:
                 log.warning("STATISTICS_NOT_KEPT", error=str(error))
             self._complaint = str(error)
@@ -231,7 +231,7 @@ class Collector:
         while True:
             try:
                 merged = await asyncio.to_thread(self.store.tidy)
-            except (OSError, DataError) as error:
+            except (OSError, DataError, OutOfMemory) as error:
                 log.warning("SEGMENTS_NOT_MERGED", error=str(error))
             else:
                 if merged:
@@ -253,6 +253,7 @@ async def collect(
     Raises:
         RedisUnavailable: Redis does not answer at start.
         DataError: the store is in use or damaged.
+        OutOfMemory: for the rows in hand; they stay on the bus, and a new process has more.
         UserError: the disk refuses the last rows.
     """
     stop = stop or stop_on_signals()

@@ -22,7 +22,7 @@ import msgspec
 import structlog
 from redis.asyncio import Redis
 
-from rlv3.errors import DataError, UserError
+from rlv3.errors import DataError, OutOfMemory, UserError
 from shadow.recording import (
     CUT,
     OUTPUTS,
@@ -352,7 +352,7 @@ class Recorder:
             try:
                 # of a finished day as well: one file of hours at full rate would be too much
                 await asyncio.to_thread(self.writer.merge_small)
-            except (OSError, DataError) as error:
+            except (OSError, DataError, OutOfMemory) as error:
                 log.warning("SEGMENTS_NOT_MERGED", error=str(error))
             await asyncio.sleep(_TIDY_S)
 

@@ -25,7 +25,7 @@ from shadow.evaluation.verdict import EXPLORATORY, Finding, judge, primary_gate
 from shadow.evaluation.verdict import find as find_effect
 from shadow.records import BarRow, Comparison, Decision, RunRow
 from shadow.rl_v2 import QTables
-from shadow.segments import write_durably
+from shadow.segments import within_memory, write_durably
 from shadow.statistics.sequential import Evidence, Look
 from shadow.store import StoreReader
 
@@ -249,14 +249,21 @@ class Keeper:
 
         Raises:
             DataError: a registration or the store is damaged.
+            OutOfMemory: the store needs more; the next time begins again.
         """
         found = find(read_registrations(self.store), None)
         known = None if self.statistics is None else self.statistics.registration.id
         if found is None or found.id == known:
             return
-        self.statistics = Statistics(found)
-        with StoreReader(self.store).connect() as db:
-            self.statistics.load(db)
+        statistics = Statistics(found)
+        reader = StoreReader(self.store)
+        try:
+            with within_memory(f"read {self.store}"), reader.connect() as db:
+                statistics.load(db)
+        except duckdb.Error as error:
+            first_line = str(error).partition("\n")[0]
+            raise DataError(f"the store {self.store} is damaged: {first_line}") from error
+        self.statistics = statistics
 
     def save(self) -> bytes | None:
         """Write the state when a batch has closed since the last time; return its bytes then.

@@ -56,6 +56,7 @@ from shadow.reporting.question import (
     registered,
 )
 from shadow.rl_v2 import QTables
+from shadow.segments import within_memory
 from shadow.store import StoreReader
 
 REPORT_VERSION = 2
@@ -124,10 +125,11 @@ def read_report(directory: str | Path, ask: Ask | None = None) -> Report:
     Raises:
         DataError: no store, nothing in it, a damaged segment or registration, or no such run.
         ConfigError: a table of gates that is none.
+        OutOfMemory: the store needs more.
     """
     reader = StoreReader(directory)
     try:
-        with reader.connect() as connection:
+        with within_memory(f"read {directory}"), reader.connect() as connection:
             return summarise(connection, read_inputs(reader, connection), ask)
     except duckdb.Error as error:
         first_line = str(error).partition("\n")[0]

@@ -19,10 +19,10 @@ import msgspec
 import pytest
 import redis
 
-from rlv3.errors import ConfigError, DataError
+from rlv3.errors import ConfigError, DataError, OutOfMemory
 from shadow.evaluation.register import Terms, register
 from shadow.evaluation.registration import Frozen
-from shadow.evaluation.streaming import read_state
+from shadow.evaluation.streaming import Keeper, read_state
 from shadow.records import ArmBar, BarRow, LedgerRow, RunRow, UnpairedRow, encode
 from shadow.store import StoreReader, StoreWriter
 from tests.worker.conftest import until
@@ -191,6 +191,22 @@ def test_full_disk_stops_the_position_only(
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_too_little_memory_is_no_damaged_store(
+    server: RedisServer, link: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = publish(link, range(5))
+    run_until(server, tmp_path, lambda: published(link) == first[-1])
+    ids = publish(link, range(5, 10))
+    with monkeypatch.context() as short:
+        short.setattr("shadow.segments._MEMORY_LIMIT", "4MB")
+        with pytest.raises(OutOfMemory, match=r"enough to write .*, found: Out of") as caught:
+            run_until(server, tmp_path, lambda: published(link) == ids[-1])
+    assert caught.value.exit_code == 1  # its unit starts it again
+    assert published(link) == first[-1]  # the worker keeps what was not stored
+    run_until(server, tmp_path, lambda: published(link) == ids[-1])
+    assert stored(tmp_path) == expected(10)
+
+
 def test_redis_going_away_is_waited_for(durable_server: RedisServer, tmp_path: Path) -> None:
     with redis.Redis.from_url(durable_server.url) as client:
         first = publish(client, range(50))
@@ -309,15 +325,19 @@ def hour_bar(hour: int) -> bytes:
     )  # fmt: skip
 
 
-def test_collector_keeps_the_verdicts_statistics(
-    server: RedisServer, link: redis.Redis, tmp_path: Path
-) -> None:
+def a_run() -> RunRow:
     settings = {"initial_balance": 10_000.0, "step_seconds": 3600.0}
-    run = RunRow(
+    return RunRow(
         record_id="r", run_id="run", symbol="", event_ts_us=0, policy_digest=DIGEST,
         feature_digest="f", action_table=(), training={}, rl_v2="bus", tables_digest=None,
         settings=settings,
     )  # fmt: skip
+
+
+def test_collector_keeps_the_verdicts_statistics(
+    server: RedisServer, link: redis.Redis, tmp_path: Path
+) -> None:
+    run = a_run()
     terms = Terms(symbols=("A",), start_us=0, batch_bars=4)
     test, _ = register(tmp_path, terms, now=datetime(2026, 1, 1, tzinfo=UTC), frozen=Frozen.of(run))
 
@@ -349,3 +369,26 @@ def test_damaged_registration_stops_no_collector(
     run_until(server, tmp_path, lambda: published(link) == ids[-1])
     assert stored(tmp_path) == expected(10)
     assert read_state(tmp_path) is None
+
+
+def test_statistics_of_a_damaged_store_are_not_taken_for_whole(
+    server: RedisServer, link: redis.Redis, tmp_path: Path
+) -> None:
+    run = a_run()
+    terms = Terms(symbols=("A",), start_us=0, batch_bars=4)
+    register(tmp_path, terms, now=datetime(2026, 1, 1, tzinfo=UTC), frozen=Frozen.of(run))
+    for record in (encode(run), *map(hour_bar, range(1, 12))):
+        last = link.xadd(KEYS.comparisons, {"payload": record}).decode()
+    run_until(server, tmp_path, lambda: published(link) == last)
+    (segment,) = (tmp_path / "bars").rglob("*.parquet")
+    whole = segment.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    segment.write_bytes(whole[:4] + bytes(footer - 4) + whole[footer:])  # no page is left
+    keeper = Keeper(tmp_path)
+    for _ in range(2):  # the collector says so and goes on
+        with pytest.raises(DataError, match="is damaged"):
+            keeper.refresh()
+    segment.write_bytes(whole)
+    keeper.refresh()
+    assert keeper.statistics is not None
+    assert len(keeper.statistics.batcher) == 2  # two whole batches of the eleven bars, as above
