@@ -45,6 +45,11 @@ class EntryRef(msgspec.Struct, frozen=True, gc=False):
     future: bool = False
     """The payload's timestamp was more than 5 s ahead of the id; the id's time is used instead."""
 
+    @property
+    def place(self) -> str:
+        """Where its entry lies, as the ledger writes it: `stream|id`."""
+        return f"{self.stream}|{self.entry_id}"
+
 
 class Tick(msgspec.Struct, frozen=True, gc=False):
     """One price of one symbol."""

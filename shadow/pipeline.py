@@ -13,7 +13,7 @@ of the entry that caused them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, assert_never
 
@@ -216,7 +216,8 @@ class Pipeline:
         self._changed: set[tuple[str, str]] = set()
         self._touched: dict[str, SymbolState] = {}
         self._now_ms = 0.0
-        self._conflating = False
+        self._leave_out: Container[str] = ()
+        self._left_out: list[EntryRef] = []
 
     def _serve(self, policy: Policy) -> None:
         self.policy = policy
@@ -408,7 +409,7 @@ class Pipeline:
         entries: Sequence[Entry],
         *,
         now_ms: float,
-        conflate: bool = False,
+        leave_out: Container[str] = (),
         ahead: int = 0,
         crashed: int = 0,
     ) -> Commit:
@@ -420,14 +421,15 @@ class Pipeline:
         Args:
             entries: raw entries in the defined order.
             now_ms: wall clock, used for `latency_ms` only.
-            conflate: decide only the newest advisory tick per symbol; the others are counted.
+            leave_out: `stream|id` of ticks that need no advisory decision, see `superseded`; those
+                that have none for it are counted as conflated, and named in the ledger.
             ahead: the last so many have ids in the future; no commit mixes them with others.
             crashed: the process ended so often with the only entry in hand: a dead letter for it.
         """
         due = len(entries) - ahead
         disordered = due <= 0 or self._place(entries[0]) < self._newest
         self._now_ms = now_ms
-        self._conflating = conflate
+        self._leave_out = leave_out
         cursors: dict[str, str] = {}
         settings = self.settings
         taken = 0
@@ -439,16 +441,43 @@ class Pipeline:
             if crashed:
                 self._quarantine(entry, crashed)
             else:
-                self._fold(entry, conflate)
+                self._fold(entry)
             cursors[entry.stream] = entry.entry_id
             taken += 1
-        self._flush(conflate)
+        self._flush()
         if taken and disordered:
-            ids = tuple(f"{entry.stream}|{entry.entry_id}" for entry in entries[:taken])
-            self._ledger("order", self._ledger_minute, ids)
+            places = tuple(entry.place for entry in entries[:taken])
+            self._ledger("order", self._ledger_minute, places)
         if taken and due > 0:
             self._newest = max(self._newest, self._place(entries[taken - 1]))
         return self._finish(cursors, taken)
+
+    def superseded(self, entries: Sequence[Entry]) -> frozenset[str]:
+        """Return the ticks that a newer one of their symbol follows, as `stream|id`.
+
+        The newest one of a symbol is never among them, nor is the newest before a decision of RL v2
+        on that symbol, nor any that such a decision may have meant.
+
+        Args:
+            entries: all that is known to be waiting, in order, however many commits that takes.
+        """
+        newest: dict[str, int] = {}
+        judged: dict[str, list[V2Decision]] = {}
+        found = []
+        for entry in reversed(entries):
+            event = codec.decode(entry)
+            if isinstance(event, V2Decision):
+                newest.pop(event.symbol, None)
+                judged.setdefault(event.symbol, []).append(event)
+            elif isinstance(event, Tick) and self._selected(event):
+                later = newest.get(event.symbol, -1)
+                if event.ts_us < later and not any(
+                    _may_mean(v2, event) for v2 in judged.get(event.symbol, ())
+                ):
+                    found.append(entry.place)
+                if event.ts_us > later and not self._stale(event.ref, event.ts_us):
+                    newest[event.symbol] = event.ts_us
+        return frozenset(found)
 
     def _place(self, entry: Entry) -> tuple[int, int, int]:
         """Return what entries are ordered by: id, then the rank of the stream."""
@@ -457,16 +486,16 @@ class Pipeline:
 
     # -- one entry -------------------------------------------------------------------------------
 
-    def _fold(self, entry: Entry, conflate: bool) -> None:
+    def _fold(self, entry: Entry) -> None:
         if entry.event_type not in self._streams:
             self._streams[entry.event_type] = entry.stream
         event = codec.decode(entry)
         minute = event.ref.id_ms // 60_000
         if minute > self._ledger_minute:
-            self._new_minute(minute, conflate)
+            self._new_minute(minute)
         match event:
             case Tick():
-                outcome = self._on_tick(event, conflate)
+                outcome = self._on_tick(event)
             case Signal():
                 outcome = self._on_signal(event)
             case V2Decision():
@@ -485,12 +514,11 @@ class Pipeline:
                 outcome = self._on_replay(event)
             case _:
                 assert_never(event)
-        if outcome is not None:
-            self._count(entry.event_type, outcome)
+        self._count(entry.event_type, outcome)
 
-    def _new_minute(self, minute: int, conflate: bool) -> None:
+    def _new_minute(self, minute: int) -> None:
         if self._ledger_minute >= 0:
-            self._flush(conflate)
+            self._flush()
             self._ledger("minute", minute, ())
         self._ledger_minute = minute
         self._own_dirty = True
@@ -506,9 +534,9 @@ class Pipeline:
         self._streams.setdefault(entry.event_type, entry.stream)
         minute = entry.id_ms // 60_000
         if minute > self._ledger_minute:
-            self._new_minute(minute, conflate=False)
+            self._new_minute(minute)
         self._count(entry.event_type, self._reject(entry, codec.crashed(entry, deaths)))
-        self._ledger("crash", self._ledger_minute, (f"{entry.stream}|{entry.entry_id}",))
+        self._ledger("crash", self._ledger_minute, (entry.place,))
 
     def _on_replay(self, replayed: Replayed) -> str:
         """Decide on an entry that was a dead letter, from what is known now; fold nothing."""
@@ -517,13 +545,13 @@ class Pipeline:
             return "consumed"
         if isinstance(event, Tick) and not self._selected(event):
             return "unselected"
-        place = f"{ref.stream}|{ref.entry_id}"
+        place = ref.place
         if place in self._replayed:
             return "duplicate"
         self._remember_replay(place)
         known = event.symbol in self.symbols
         state = self._symbol(event.symbol) if known else self._new_symbol(event.symbol)
-        self._flush(self._conflating)  # so that the row counts all that came before
+        self._flush()  # so that the row counts all that came before
         job = self._job(ref, state, event.ts_us, "advisory", signal=False)
         job.pairs = False
         self._decide_now(job)
@@ -544,7 +572,7 @@ class Pipeline:
     def _stale(self, ref: EntryRef, ts_us: int) -> bool:
         return self._max_age_us is not None and ref.id_ms * 1_000 - ts_us > self._max_age_us
 
-    def _on_tick(self, tick: Tick, conflate: bool) -> str | None:
+    def _on_tick(self, tick: Tick) -> str:
         if not self._selected(tick):
             return "unselected"
         state = self._symbol(tick.symbol)
@@ -583,14 +611,17 @@ class Pipeline:
                 self._emit(bar)
             return "stale"
         if closed is None and not state.owed:
+            if self._leave_out and tick.ref.place in self._leave_out and not state.pairing.open_v2:
+                self._left_out.append(tick.ref)
+                return "conflated"
             job = self._job(tick.ref, state, ts_us, "advisory", signal=False)
             if state.pairing.open_v2:
-                self._flush(conflate)
+                self._flush()
                 self._decide_now(job)
                 return "decided"
             self._jobs.append(job)
             self._bytes += DECISION_BYTES
-            return None if conflate else "decided"
+            return "decided"
         state.owed = False
         obs, missing, chosen = self._step(tick.ref, state, ts_us, price, half_spread)
         if bar is not None:
@@ -599,7 +630,7 @@ class Pipeline:
             )
         return "decided"
 
-    def _on_signal(self, signal: Signal) -> str | None:
+    def _on_signal(self, signal: Signal) -> str:
         if self._stale(signal.ref, signal.ts_us):
             return "stale"
         state = self._touch(self._symbol(signal.symbol))
@@ -683,7 +714,7 @@ class Pipeline:
     def _on_v2(self, v2: V2Decision) -> str:
         state = self._touch(self._symbol(v2.symbol))
         state.open_dirty = state.arms_dirty = True
-        self._flush(conflate=False)
+        self._flush()
         event_ts = v2.ts_us if v2.event_ts_us is None else v2.event_ts_us
         if event_ts > state.now_us:
             self._advance(state, event_ts)
@@ -883,25 +914,16 @@ class Pipeline:
         self._complete(job, int(actions[0]), probs[0].tolist(), float(values[0]))
         return int(actions[0]), tuple(obs[0].tolist())
 
-    def _flush(self, conflate: bool) -> None:
-        """Run the network for every advisory decision that waits."""
+    def _flush(self) -> None:
+        """Run the network for every advisory decision that waits, and name what was left out."""
+        if self._left_out:  # with every entry so far counted, the row says where an audit must cut
+            left_out, self._left_out = self._left_out, []
+            places = tuple(ref.place for ref in left_out)
+            self._ledger("conflated", left_out[-1].id_ms // 60_000, places)
         jobs, self._jobs = self._jobs, []
         if not jobs:
             return
         self._bytes -= DECISION_BYTES * len(jobs)
-        dropped: list[_Job] = []
-        if conflate:
-            newest = {job.state.symbol: job.slot for job in jobs}
-            dropped = [job for job in jobs if newest[job.state.symbol] != job.slot]
-            jobs = [job for job in jobs if newest[job.state.symbol] == job.slot]
-            for job in dropped:
-                self._count(job.ref.event_type, "conflated")
-        if self._conflating:  # whether they would be decided was open until now
-            for job in jobs:
-                self._count(job.ref.event_type, "decided")
-        if dropped:  # with every entry so far counted, the row says where an audit must cut
-            ids = tuple(f"{job.ref.stream}|{job.ref.entry_id}" for job in dropped)
-            self._ledger("conflated", dropped[-1].ref.id_ms // 60_000, ids)
         obs = self.policy.normaliser.apply([j.raw for j in jobs], [j.missing for j in jobs])
         actions, probs, values = self.policy.decide(obs, [j.mask for j in jobs])
         for job, action, prob, value in zip(
@@ -1231,6 +1253,18 @@ class Pipeline:
 def _candle_tick(kline: Kline, ts_us: int, price: float, volume: float | None = None) -> Tick:
     """Return one of the ticks that a candle stands for."""
     return Tick(kline.ref, kline.symbol, ts_us, price, volume)
+
+
+def _may_mean(v2: V2Decision, tick: Tick) -> bool:
+    """Return True when one of the exact rules of pairing can hold between the two."""
+    ref = tick.ref
+    event_ts = v2.ts_us if v2.event_ts_us is None else v2.event_ts_us
+    return (
+        v2.source_entry_id == ref.entry_id
+        or v2.trace_id == ref.trace_id
+        or v2.correlation_id == ref.correlation_id
+        or abs(event_ts - tick.ts_us) <= 1_000
+    )
 
 
 def _entropy(probs: Sequence[float]) -> float:

@@ -197,8 +197,8 @@ class Mark(NamedTuple):
     row: LedgerRow
     folded: int
     """Entries folded since the first start when the row was written."""
-    conflate: bool = False
-    """Of an order row: some of its entries were left out under load."""
+    left_out: frozenset[str] = frozenset()
+    """Of a conflated row, and of an order row: entries that were left out under load."""
 
     @property
     def ids(self) -> list[tuple[str, str]]:
@@ -251,14 +251,13 @@ class Reading:
             if not isinstance(row, LedgerRow) or row.reason not in _MARKING:
                 continue
             mark = Mark(row, _folded(row))
+            if row.reason == "conflated":
+                mark = mark._replace(left_out=frozenset(row.entry_ids))
             if row.reason == "order":  # one commit: what it left out lies within
-                conflate = False
                 while found and found[-1].row.reason == "conflated" and (
                     found[-1].folded > mark.first
                 ):  # fmt: skip
-                    found.pop()
-                    conflate = True
-                mark = mark._replace(conflate=conflate)
+                    mark = mark._replace(left_out=mark.left_out | found.pop().left_out)
             found.append(mark)
         return found
 
@@ -448,7 +447,6 @@ class Replay:
                 (place,) = mark.ids
                 yield from self._run(
                     [self._inputs.named(*place)],
-                    False,
                     disordered=self._inputs.is_disordered(place),
                     crashed=1,
                 )
@@ -457,12 +455,12 @@ class Replay:
                     continue  # it ended the process, and was left out just now
                 yield from self._fold_to(mark.first)
                 entries = [self._inputs.named(*place) for place in mark.ids]
-                yield from self._run(entries, mark.conflate, disordered=True)
+                yield from self._run(entries, mark.left_out, disordered=True)
             else:
-                # folding from the first entry left out up to where that was settled, under load
-                # and in one go, leaves out the same ones
+                # what was left out is named in one row when it is folded in one go, from the first
+                # of it up to where that was settled
                 yield from self._fold_to(mark.folded, before=mark.ids[0])
-                yield from self._run(self._next(mark.folded - self.folded), True)
+                yield from self._run(self._next(mark.folded - self.folded), mark.left_out)
         yield from self._fold_to(None)
         yield self._pipeline.run([], now_ms=0.0)
 
@@ -473,7 +471,7 @@ class Replay:
         while entries := self._next(
             _BATCH if folded is None else min(_BATCH, folded - self.folded), before
         ):
-            yield from self._run(entries, False)
+            yield from self._run(entries)
 
     def _next(self, count: int, before: tuple[str, str] | None = None) -> list[Entry]:
         entries: list[Entry] = []
@@ -488,7 +486,7 @@ class Replay:
     def _run(
         self,
         entries: Sequence[Entry],
-        conflate: bool,
+        left_out: frozenset[str] = frozenset(),
         *,
         disordered: bool = False,
         crashed: int = 0,
@@ -497,7 +495,7 @@ class Replay:
             commit = self._pipeline.run(
                 entries,
                 now_ms=0.0,
-                conflate=conflate,
+                leave_out=left_out,
                 ahead=len(entries) if disordered else 0,
                 crashed=crashed,
             )

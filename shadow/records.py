@@ -44,6 +44,11 @@ class Entry(NamedTuple):
     fields: Mapping[bytes, bytes]
 
     @property
+    def place(self) -> str:
+        """Where it lies, as the ledger writes it: `stream|id`."""
+        return f"{self.stream}|{self.entry_id}"
+
+    @property
     def id_ms(self) -> int:
         """Milliseconds part of the entry id, at most `MAX_ID_MS`."""
         return min(int(self.entry_id.partition("-")[0]), MAX_ID_MS)

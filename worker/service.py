@@ -153,6 +153,7 @@ class Worker:
         self.progress = Progress()
         self._alone = 0  # entries that are still folded one at a time
         self._suspect = ("", 0)
+        self._superseded: frozenset[str] | None = None  # of the reading in hand, once we are behind
         self.meter = Meter(policy)
         self.spans = spans
         self._reading: Interval | None = None  # the last one, until a commit's span has it
@@ -431,6 +432,7 @@ class Worker:
                 entries=batch.ahead,
             )
         entries, due = batch.entries, len(batch.entries) - batch.ahead
+        self._superseded = None
         under_way: asyncio.Task[None] | None = None
         try:
             while entries and not self._stopping.is_set():
@@ -448,7 +450,7 @@ class Worker:
                     await under_way
                 if self._alone and not crashed:
                     self._alone -= 1
-                    await self._survived(_place(hand[0]))
+                    await self._survived(hand[0].place)
                 under_way = asyncio.create_task(
                     self._apply(commit, entries[: commit.taken], folding)
                 )
@@ -464,11 +466,16 @@ class Worker:
         """Fold one commit's worth; a bug ends the worker, its memory is not to be trusted."""
         lag_ms = self.progress.lag_ms = max(0.0, self.bus.server_ms() - entries[0].id_ms)
         after = self.config.conflate_after
+        behind = after is not None and lag_ms > after
         try:
+            if behind and self._superseded is None:
+                due = len(entries) - ahead
+                first, rest = entries[:due], entries[due:]
+                self._superseded = self.pipeline.superseded(first or rest)
             return self.pipeline.run(
                 entries,
                 now_ms=time.time() * 1000,
-                conflate=after is not None and lag_ms > after,
+                leave_out=(self._superseded or ()) if behind else (),
                 ahead=ahead,
                 crashed=crashed,
             )
@@ -478,7 +485,7 @@ class Worker:
                 "FOLD_FAILED",
                 msg="a bug: the state in memory is not to be trusted any more, so the worker "
                 "ends; after some restarts the entry becomes a dead letter",
-                first=_place(entries[0]),
+                first=entries[0].place,
                 correlation_id=correlation_id,
                 trace_id=trace_id,
             )
@@ -504,7 +511,7 @@ class Worker:
         After a worker that did not stop in order, entries are folded one at a time until what it
         can have had in hand is behind us, so that one that ends the process is known by name.
         """
-        if await self._may_try(_place(entry)):
+        if await self._may_try(entry.place):
             return 0
         trace_id, correlation_id = envelope_ids(entry)
         self.log.error(
@@ -779,10 +786,6 @@ def _rules(frozen: str) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(frozen)
     settings = {k: v for k, v in values["settings"].items() if k not in ("max_events", "max_bytes")}
     return {"settings": settings, "tables": values["tables"]}
-
-
-def _place(entry: Entry) -> str:
-    return f"{entry.stream}|{entry.entry_id}"
 
 
 def _counted(entries: int | None) -> int | str:

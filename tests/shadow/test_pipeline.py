@@ -104,8 +104,9 @@ def workload(bus_entry: MakeEntry, seed: int, minutes: int = 45) -> list[Entry]:
 def fold(pipeline: Pipeline, entries: Sequence[Entry], conflate: bool = False) -> list[Commit]:
     commits = []
     rest = list(entries)
+    left_out = pipeline.superseded(rest) if conflate else frozenset()
     while rest:
-        commit = pipeline.run(rest, now_ms=0.0, conflate=conflate)
+        commit = pipeline.run(rest, now_ms=0.0, leave_out=left_out)
         assert commit.taken > 0
         commits.append(commit)
         rest = rest[commit.taken :]
@@ -665,6 +666,45 @@ def test_an_id_beyond_every_calendar_is_folded_at_the_end_of_time(
     assert made.source_entry_id == last
     assert made.event_ts == "9999-12-31T23:59:59.999000+00:00"
     assert pipeline.counts == {("market.tick", "decided"): 1, ("market.tick", "dead_letter"): 1}
+
+
+def test_what_a_newer_tick_follows_is_left_out_across_commits(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    """A hundred symbols in turn, four times: within one commit of 32 none comes twice."""
+    entries = [
+        bus_entry("market.tick", T0 + 1 + n, {"symbol": f"S{n % 100:03d}USDT", "price": 100.0 + n})
+        for n in range(400)
+    ]
+    pipeline = Pipeline(policy, tables, Settings(max_events=32), INPUTS)
+    commits = fold(pipeline, entries, conflate=True)
+    assert pipeline.counts == {("market.tick", "conflated"): 300, ("market.tick", "decided"): 100}
+    assert [d.source_entry_id for d in decisions(commits)] == [e.entry_id for e in entries[300:]]
+    named = [place for row in rows(commits, LedgerRow) if row.reason == "conflated"
+             for place in row.entry_ids]  # fmt: skip
+    assert named == [entry.place for entry in entries[:300]]
+
+
+def test_neither_the_newest_tick_nor_one_that_rl_v2_may_have_meant_is_superseded(
+    policy: Policy, tables: QTables, bus_entry: MakeEntry
+) -> None:
+    pipeline = Pipeline(policy, tables, Settings(), INPUTS)
+    a0, b1, a2, a3, a4 = (
+        bus_entry("market.tick", T0 + 10 * n, {"symbol": f"{name}USDT", "price": 100.0 + n})
+        for n, name in enumerate(("AAA", "BBB", "AAA", "AAA", "AAA"))
+    )
+
+    def v2(ms: int, **more: object) -> Entry:
+        body = {"schema_version": 1, "symbol": "AAAUSDT", "decision_id": "x", "kind": "combined"}
+        return bus_entry("rl_v2.decision", T0 + ms, {**body, "provenance": "q_table", **more})
+
+    assert pipeline.superseded([a0, b1, a2, a3]) == {a0.place, a2.place}
+    assert pipeline.superseded([a0, b1, a2, v2(25), a3, a4]) == {a0.place, a3.place}
+    named = v2(25, source_stream="market.tick", source_entry_id=a0.entry_id)
+    assert pipeline.superseded([a0, b1, a2, named, a3]) == set()
+    assert pipeline.superseded([a0, a2, a3, v2(21)]) == {a0.place}  # a2 is within a millisecond
+    again = a2._replace(entry_id=f"{T0 + 20}-1")
+    assert pipeline.superseded([a2, again]) == set()  # a duplicate is decided by neither
 
 
 @pytest.mark.parametrize("conflate", [False, True])
