@@ -243,7 +243,7 @@ class Outcomes(msgspec.Struct, frozen=True):
 
     closes: int
     with_profit: int
-    """Closes that state their profit."""
+    """Closes that state their profit or loss."""
 
 
 def outcomes(db: duckdb.DuckDBPyConnection) -> Outcomes:

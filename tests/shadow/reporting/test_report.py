@@ -337,6 +337,8 @@ def test_unpaired_actions_outcomes_and_v2_are_counted(hand: Report) -> None:
     assert (source.decisions, source.long, source.flat, source.short) == (7, 4, 1, 1)
     assert (source.undirected, source.moves_arm) == (1, 6)
     assert (hand.outcomes.closes, hand.outcomes.with_profit) == (1, 1)
+    page = render.html(hand, NOW)
+    assert "<strong>Real closes:</strong> 1 in the period, 1 of them with profit or loss;" in page
 
 
 def test_header_names_policy_run_and_opponent(hand: Report) -> None:
