@@ -24,7 +24,6 @@ import redis
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from shadow import codec
 from shadow.records import Entry
 from worker.keys import Keys
 
@@ -93,20 +92,19 @@ def entries(
             body |= {"side": "BUY" if moves[i] > 0.0 else "SELL", "confidence": 0.8}
         else:
             body["volume"] = round(float(volumes[i]), 4)
-        fields = codec.envelope(
-            name,
-            pack(body),
-            trace_id="",
-            correlation_id=f"bench-{i}",
-            timestamp_iso="2023-11-14T22:14:00.000000",
-            source="bench",
-        )
+        fields = {
+            b"event_type": name.encode(),
+            b"payload": pack(body),
+            b"trace_id": b"",
+            b"correlation_id": f"bench-{i}".encode(),
+            b"timestamp": b"2023-11-14T22:14:00.000000",
+            b"source": b"bench",
+        }
         head, seq = str(ms), 0
         if last.startswith(f"{head}-"):
             seq = int(last.partition("-")[2]) + 1
         last = f"{head}-{seq}"
-        raw = {field.encode(): value for field, value in fields.items()}
-        yield Entry(keys.stream(name), name, last, raw)
+        yield Entry(keys.stream(name), name, last, fields)
 
 
 def _json(body: dict[str, object]) -> bytes:

@@ -1,4 +1,4 @@
-"""What does an entry of the bus say? Bytes to events, and events' bytes back into envelopes.
+"""What does an entry of the bus say? Bytes to events, and to dead letters.
 
 `decode` answers for every shape that production is known to write, one row of `READERS` per
 stream. Its rules:
@@ -835,30 +835,6 @@ def join_id(raw: str | None) -> str | None:
     if not raw or not raw.strip() or raw.startswith("market-tick-"):
         return None
     return raw
-
-
-def envelope(
-    event_type: str,
-    payload: bytes,
-    *,
-    trace_id: str,
-    correlation_id: str,
-    timestamp_iso: str,
-    source: str,
-) -> dict[str, bytes]:
-    """Wrap a payload in the six fields of an EventBus v2 entry, in production's order.
-
-    Args:
-        timestamp_iso: publish time, naive UTC with microseconds, as production writes it.
-    """
-    return {
-        "event_type": event_type.encode(),
-        "payload": payload,
-        "trace_id": trace_id.encode("utf-8", "replace"),
-        "correlation_id": correlation_id.encode("utf-8", "replace"),
-        "timestamp": timestamp_iso.encode(),
-        "source": source.encode(),
-    }
 
 
 def dead_letter(entry: Entry, rejected: Rejected, at_us: int) -> bytes:
