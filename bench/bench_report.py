@@ -27,9 +27,9 @@ import msgspec
 
 from rlv3.events import ACTION_TABLE
 from rlv3.features import feature_digest
-from shadow.records import ARMS
+from shadow.records import ARMS, COMPARISONS, DECISIONS
 from shadow.segments import Position, Progress
-from shadow.store import COMPARISONS, DECISIONS, TABLES
+from shadow.store import TABLES
 
 START = datetime(2026, 1, 5, tzinfo=UTC)
 START_MS = int(START.timestamp() * 1_000)

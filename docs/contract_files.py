@@ -15,7 +15,7 @@ import msgspec
 
 from rlv3 import events
 from shadow import codec, records
-from worker.keys import INPUTS, OPTIONAL_INPUTS, Keys
+from worker.keys import ALL_INPUTS, INPUTS, Keys
 
 DOCS = Path(__file__).resolve().parent
 SCHEMAS = DOCS / "schemas"
@@ -106,7 +106,7 @@ def asyncapi() -> dict[str, Any]:
     channels: dict[str, Any] = {}
     operations: dict[str, Any] = {}
     messages: dict[str, Any] = {}
-    for name in (*INPUTS, *OPTIONAL_INPUTS):
+    for name in ALL_INPUTS:
         place = name.replace(".", "_")
         kinds = " or ".join(kind.__name__ for kind in decoded(name))
         messages[place] = {
@@ -141,7 +141,7 @@ def asyncapi() -> dict[str, Any]:
             "action": "send", "channel": {"$ref": f"#/channels/{place}"},
         }  # fmt: skip
     channels["dead_letter"]["parameters"] = {
-        "event_type": {"description": "Input stream.", "enum": [*INPUTS, *OPTIONAL_INPUTS]}
+        "event_type": {"description": "Input stream.", "enum": [*ALL_INPUTS]}
     }
     return {
         "asyncapi": "3.0.0",

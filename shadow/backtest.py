@@ -31,10 +31,19 @@ from rlv3.policy import Policy
 from shadow.history import STREAMS, entries
 from shadow.pipeline import Pipeline, Settings
 from shadow.recording import Reading, load_snapshot
-from shadow.records import BarRow, Commit, Entry, decode_comparison, iso, parse_id
+from shadow.records import (
+    COMPARISONS,
+    DECISIONS,
+    BarRow,
+    Commit,
+    Entry,
+    decode_comparison,
+    iso,
+    parse_id,
+)
 from shadow.rl_v2 import QTables
 from shadow.segments import make_directory, write_durably
-from shadow.store import COMPARISONS, DECISIONS, StoreWriter
+from shadow.store import StoreWriter
 
 FLUSH_ROWS = 20_000
 

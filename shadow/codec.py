@@ -42,10 +42,8 @@ from rlv3.events import (
     Tick,
     V2Decision,
 )
-from shadow.records import Entry, iso, record_id
+from shadow.records import REPLAY, Entry, iso, record_id
 
-REPLAY = "rl_v3.replay"
-"""Our own stream of dead letters' entries, sent in again."""
 MAX_BODY_BYTES = 1 << 20
 MAX_DEPTH = 64
 """Nesting of a body; the decoders' own limits depend on the caller's stack, so on no replay."""

@@ -43,6 +43,8 @@ from shadow.mapping import v2_target, v3_direction, v3_target
 from shadow.pairing import BUS, REFERENCE, Candidate, Match, OpenV2, Unmatched
 from shadow.records import (
     ARMS,
+    COMPARISONS,
+    DECISIONS,
     MAX_ID_MS,
     SCHEMA_VERSION,
     BarRow,
@@ -975,7 +977,7 @@ class Pipeline:
             )
         )  # fmt: skip
         self._bytes += len(payload) + 250
-        self._outputs[job.slot] = Output("rl_v3.decision", payload, trace_id, correlation_id)
+        self._outputs[job.slot] = Output(DECISIONS, payload, trace_id, correlation_id)
         self.decisions += 1
         self.actions[kind][action] += 1
         if not job.pairs:
@@ -1187,7 +1189,7 @@ class Pipeline:
         trace = correlation = ""
         if not isinstance(row, LedgerRow | RunRow):  # these are about no single event
             trace, correlation = row.trace_id, row.correlation_id
-        self._add(Output("rl_v3.comparison", encode(row), trace or row.record_id, correlation))
+        self._add(Output(COMPARISONS, encode(row), trace or row.record_id, correlation))
 
     def _add(self, output: Output) -> None:
         self._bytes += len(output.payload) + 250

@@ -24,17 +24,16 @@ import msgspec
 from rlv3.errors import DataError, UserError
 from rlv3.policy import Policy
 from shadow.pipeline import OUTCOMES, Pipeline, Settings
-from shadow.records import Commit, Entry, LedgerRow, parse_id
+from shadow.records import COMPARISONS, DECISIONS, ORIGIN, Commit, Entry, LedgerRow, parse_id
 from shadow.rl_v2 import QTables
 from shadow.segments import (
-    START,
     Table,
     day_of,
     read_position,
     relation,
     valid_segments,
 )
-from shadow.store import COMPARISONS, DECISIONS, decode_record
+from shadow.store import decode_record
 from shadow.symbol import StateError
 
 OUTPUTS = (DECISIONS, COMPARISONS)
@@ -274,7 +273,7 @@ class Reading:
         """Yield the entries of a stream up to the cut, as XREAD had them."""
         table = raw_table(name)
         files = [item.path for item in valid_segments(self.recording, table, self.position)]
-        end = parse_id(self.ends.get(self.streams[name], START))
+        end = parse_id(self.ends.get(self.streams[name], ORIGIN))
         query = (
             f"SELECT first_id, last_id, crc, entries FROM ({relation(table, files)}) ORDER BY "
             "split_part(first_id, '-', 1)::UBIGINT, split_part(first_id, '-', 2)::UBIGINT"

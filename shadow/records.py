@@ -18,6 +18,12 @@ from typing import NamedTuple
 import msgspec
 
 SCHEMA_VERSION = 1
+DECISIONS, COMPARISONS = "rl_v3.decision", "rl_v3.comparison"
+"""Our two output streams."""
+REPLAY = "rl_v3.replay"
+"""Our own input, read after all others: dead letters' entries that `dlq replay` sent in again."""
+ORIGIN = "0-0"
+"""Before the first entry of any stream."""
 MAX_ID_MS = 253_402_300_799_999
 """The end of year 9999, the last that can be written; Redis allows later ids to producers."""
 ARMS = ("v3", "v2", "follow_signal", "flat")

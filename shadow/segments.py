@@ -32,9 +32,7 @@ import duckdb
 import msgspec
 
 from rlv3.errors import DataError, OutOfMemory
-from shadow.records import MAX_ID_MS, StreamId, parse_id
-
-START = "0-0"
+from shadow.records import MAX_ID_MS, ORIGIN, StreamId, parse_id
 
 _POSITION = "position.json"
 _FORMAT = 1
@@ -73,7 +71,7 @@ class Progress(msgspec.Struct):
 
     stream: str
     """Full stream key."""
-    id: str = START
+    id: str = ORIGIN
     rows: int = 0
     """Rows in the store."""
     counts: dict[str, int] = {}

@@ -21,6 +21,8 @@ import msgspec
 from rlv3.errors import DataError
 from shadow.records import (
     ARMS,
+    COMPARISONS,
+    DECISIONS,
     SCHEMA_VERSION,
     ArmBar,
     BarRow,
@@ -46,9 +48,6 @@ from shadow.segments import (
     valid_segments,
     within_memory,
 )
-
-DECISIONS = "rl_v3.decision"
-COMPARISONS = "rl_v3.comparison"
 
 RECORDS: dict[str, type[msgspec.Struct]] = {
     "decisions": Decision,

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import rlv3
+from shadow import records
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("rlv3", "shadow", "worker")  # an import may only point to an earlier one, or its own
@@ -68,6 +69,18 @@ def imports(module: str) -> frozenset[str]:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return frozenset(LAZY.get(name, name) for name in names)
+
+
+def test_what_is_ours_on_the_bus_is_named_once() -> None:
+    """Streams and ids that several modules need have one home, the lowest of them."""
+    named = {records.DECISIONS, records.COMPARISONS, records.REPLAY}
+    found = {
+        (name, node.value)
+        for name, tree in sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in named
+    }
+    assert found == {("shadow.records", name) for name in named}
 
 
 def top_level(module: str) -> set[str]:

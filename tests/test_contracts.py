@@ -30,7 +30,7 @@ from shadow.records import (
     decode_decision,
 )
 from shadow.rl_v2 import QTables
-from worker.keys import INPUTS, OPTIONAL_INPUTS, OTHERS, Keys
+from worker.keys import ALL_INPUTS, OTHERS, Keys
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = ROOT / "docs" / "schemas"
@@ -71,9 +71,7 @@ def outputs() -> list[tuple[str, dict[str, Any]]]:
         fields = {b"payload": body.encode()}
         entry_id = f"{last.id_ms + 1 + number}-0"
         history.append(Entry(KEYS.stream(event_type), event_type, entry_id, fields))
-    pipeline = Pipeline(
-        Policy.load(shipped_policy()), QTables.load(None), Settings(), (*INPUTS, *OPTIONAL_INPUTS)
-    )
+    pipeline = Pipeline(Policy.load(shipped_policy()), QTables.load(None), Settings(), ALL_INPUTS)
     commits = [pipeline.begin({})]
     rest = history
     while rest:
@@ -129,7 +127,7 @@ def references(node: object) -> Iterator[str]:
 def test_asyncapi_names_every_stream_and_its_references_lead_somewhere() -> None:
     document = json.loads((SCHEMAS / "asyncapi.json").read_text("utf-8"))
     assert document["asyncapi"] == "3.0.0"
-    received = {KEYS.stream(name) for name in (*INPUTS, *OPTIONAL_INPUTS)}
+    received = {KEYS.stream(name) for name in ALL_INPUTS}
     sent = {KEYS.decisions, KEYS.comparisons, KEYS.dlq("{event_type}")}
     found: dict[str, set[str]] = {"receive": set(), "send": set()}
     for operation in document["operations"].values():

@@ -17,7 +17,7 @@ import shadow.cli
 import worker.cli
 from rlv3.features import FEATURES, WARM_BARS
 from shadow import records
-from worker.keys import INPUTS, OPTIONAL_INPUTS, Keys
+from worker.keys import ALL_INPUTS, Keys
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -66,7 +66,7 @@ def test_contracts_name_every_stream_and_key() -> None:
     text = (ROOT / "docs" / "contracts.md").read_text("utf-8")
     keys = Keys("PREFIX")
     single = {name for name, attr in vars(Keys).items() if isinstance(attr, property)} - {"own"}
-    names = {*INPUTS, *OPTIONAL_INPUTS, *(getattr(keys, name) for name in single)}
+    names = {*ALL_INPUTS, *(getattr(keys, name) for name in single)}
     names |= {keys.state("<SYMBOL>"), keys.artifact("<sha256>"), keys.dlq("<input event type>")}
     assert [name for name in names if f"`{name}`" not in text] == []
 

@@ -20,8 +20,17 @@ import msgspec
 from rlv3 import console
 from shadow.evaluation.replayed import Replayed, write_replay
 from shadow.recording import OUTPUTS, Reading, Replay, load_snapshot, parts_of, restored
-from shadow.records import Comparison, Decision, LedgerRow, Output, RunRow, encode
-from shadow.store import COMPARISONS, DECISIONS, decode_record
+from shadow.records import (
+    COMPARISONS,
+    DECISIONS,
+    Comparison,
+    Decision,
+    LedgerRow,
+    Output,
+    RunRow,
+    encode,
+)
+from shadow.store import decode_record
 from worker.errors import CheckFailed
 
 _EXAMPLES = 5

@@ -34,12 +34,22 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from shadow.records import SCHEMA_VERSION, Commit, Entry, Output, parse_id
+from shadow.records import (
+    COMPARISONS,
+    DECISIONS,
+    ORIGIN,
+    REPLAY,
+    SCHEMA_VERSION,
+    Commit,
+    Entry,
+    Output,
+    parse_id,
+)
 from shadow.risk import engaged
 from worker.address import open_pool, quiet, shown
 from worker.errors import CheckFailed, Fenced, RedisUnavailable
-from worker.keys import REPLAY, Keys
-from worker.losses import ORIGIN, Loss, Losses, StreamInfo
+from worker.keys import Keys
+from worker.losses import Loss, Losses, StreamInfo
 
 SOURCE = "rl-v3-shadow"
 """The envelope's source, and the service name of the bus."""
@@ -292,8 +302,8 @@ class Bus:
         self._as_msgpack = codec == "msgpack"
         self._kill_switch = kill_switch
         self._caps = {
-            "rl_v3.decision": (keys.decisions, KEPT, decisions_cap),
-            "rl_v3.comparison": (keys.comparisons, KEPT, comparisons_cap),
+            DECISIONS: (keys.decisions, KEPT, decisions_cap),
+            COMPARISONS: (keys.comparisons, KEPT, comparisons_cap),
         } | {f"dlq:{name}": (keys.dlq(name), dlq_cap, dlq_cap) for name in inputs}
         self._outputs = {name: key for name, (key, _, _) in self._caps.items()}
         self._caps[REPLAY] = (keys.replay, KEPT, REPLAYS_MAX)

@@ -18,8 +18,7 @@ from redis.asyncio import Redis
 
 from rlv3.errors import DataError, OutOfMemory, UserError
 from shadow.evaluation.streaming import Keeper
-from shadow.records import parse_id
-from shadow.segments import START
+from shadow.records import ORIGIN, parse_id
 from shadow.store import StoreWriter
 from worker.address import AWAY, connected
 from worker.keys import Keys
@@ -54,9 +53,9 @@ class Collector:
         self.flush_s = flush_s
         self.flush_rows = flush_rows
         self.streams = (keys.decisions, keys.comparisons)
-        self.cursors = {stream: store.position.get(stream, START) for stream in self.streams}
+        self.cursors = {stream: store.position.get(stream, ORIGIN) for stream in self.streams}
         for stream, cursor in self.cursors.items():
-            if cursor == START:
+            if cursor == ORIGIN:
                 store.counts(stream).setdefault("ordinal", 0)
         self._changed_at: float | None = None  # when the oldest row in memory was read
         self._published: dict[str, str] = {}
@@ -201,7 +200,7 @@ class Collector:
             ends = {}
             for stream in self.streams:
                 info = await stream_info(self.link, stream)
-                ends[stream] = START if info is None else info["last-generated-id"].decode()
+                ends[stream] = ORIGIN if info is None else info["last-generated-id"].decode()
             while any(parse_id(self.cursors[name]) < parse_id(ends[name]) for name in ends):
                 if not self._take(await read(self.link, self.cursors, _BATCH)):
                     break

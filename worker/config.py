@@ -20,9 +20,10 @@ from urllib.parse import quote
 
 from rlv3.errors import ConfigError
 from rlv3.policy import shipped_policy
+from shadow.records import REPLAY
 from shadow.risk import RiskLimits
 from worker.address import SCHEMES
-from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY
+from worker.keys import ALL_INPUTS, INPUTS, READABLE
 
 SHIPPED = shipped_policy()
 DEFAULT_HTTP = "127.0.0.1:9127"
@@ -347,12 +348,12 @@ def _inputs(label: str, value: Any) -> tuple[str, ...]:
     """Return the default inputs and the named ones, in rank order; `all` names every one."""
     names = _names(label, value)
     if names == ["all"]:
-        return (*INPUTS, *OPTIONAL_INPUTS, REPLAY)
-    known = (*INPUTS, *OPTIONAL_INPUTS)
-    unknown = [name for name in names if name not in known]
+        return READABLE
+    unknown = [name for name in names if name not in ALL_INPUTS]
     if unknown:
-        raise ConfigError(f"{label} must be all or among {', '.join(known)}, was {unknown[0]!r}")
-    return (*(name for name in known if name in INPUTS or name in names), REPLAY)
+        among = ", ".join(ALL_INPUTS)
+        raise ConfigError(f"{label} must be all or among {among}, was {unknown[0]!r}")
+    return (*(name for name in ALL_INPUTS if name in INPUTS or name in names), REPLAY)
 
 
 def _prefix(label: str, value: Any) -> str:

@@ -40,6 +40,7 @@ from shadow.history import STREAMS, entries
 from shadow.recording import SNAPSHOT
 from shadow.records import (
     ARMS,
+    ORIGIN,
     BarRow,
     Entry,
     PairRow,
@@ -309,7 +310,7 @@ async def _until_recorded(recording: Path) -> None:
 async def read_back(redis: Redis, keys: Keys, board: Board) -> None:
     """Follow our own streams as any consumer of the bus would, for ever."""
     takers = {keys.decisions: board.decide, keys.comparisons: board.compare}
-    cursors: dict[str, str] = dict.fromkeys(takers, "0-0")
+    cursors: dict[str, str] = dict.fromkeys(takers, ORIGIN)
     while True:
         for stream, found in await read(redis, cursors, 500, 250):
             name = stream.decode()

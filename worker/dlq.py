@@ -21,11 +21,11 @@ from rich.table import Table
 from rlv3 import console
 from rlv3.errors import ConfigError
 from shadow import codec
-from shadow.records import Entry
+from shadow.records import ORIGIN, REPLAY, Entry
 from worker.address import connected, refused, shown
 from worker.bus import KEPT
 from worker.errors import CheckFailed
-from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY, Keys
+from worker.keys import READABLE, Keys
 
 DECIDED = ("market.tick", "signal.generated", "ai.signal_generated")
 """Inputs whose entries are decided; a replay of any other would have no effect."""
@@ -113,12 +113,11 @@ def _names(stream: str | None) -> tuple[str, ...]:
     Raises:
         ConfigError: there is no such input.
     """
-    known = (*INPUTS, *OPTIONAL_INPUTS, REPLAY)
     if stream is None:
-        return known
+        return READABLE
     name = stream.rpartition(":")[2]
-    if name not in known:
-        raise ConfigError(f"--stream must be among {', '.join(known)}, was {stream!r}")
+    if name not in READABLE:
+        raise ConfigError(f"--stream must be among {', '.join(READABLE)}, was {stream!r}")
     return (name,)
 
 
@@ -307,5 +306,5 @@ async def _append(sink: Redis, keys: Keys, plans: Sequence[Plan]) -> None:
 async def _waiting(sink: Redis, keys: Keys) -> int:
     """Return how many replays the worker has not read yet."""
     cursors = json.loads(cast("bytes | None", await sink.hget(keys.meta, "cursors")) or b"{}")
-    cursor = cursors.get(keys.replay, "0-0")
+    cursor = cursors.get(keys.replay, ORIGIN)
     return len(cast("Any", await sink.xrange(keys.replay, min=f"({cursor}", count=KEPT + 1)))

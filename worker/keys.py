@@ -1,8 +1,13 @@
-"""Names of streams and keys under a prefix. The only place that spells them."""
+"""Names of streams and keys under a prefix. The only place that spells them.
+
+Our own streams alone are named in `shadow.records`: the fold beneath writes them.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from shadow.records import COMPARISONS, DECISIONS, REPLAY
 
 INPUTS: tuple[str, ...] = (
     "market.tick",
@@ -26,9 +31,14 @@ OPTIONAL_INPUTS: tuple[str, ...] = (
 )
 """More streams that `--inputs` may add; their rank follows the default ones."""
 
+ALL_INPUTS = (*INPUTS, *OPTIONAL_INPUTS)
+"""Every input of the trading system, in rank order."""
+
+READABLE = (*ALL_INPUTS, REPLAY)
+"""Everything that a worker may read, in rank order."""
+
 OTHERS: tuple[str, ...] = (
-    *INPUTS,
-    *OPTIONAL_INPUTS,
+    *ALL_INPUTS,
     "account.balance",
     "ai.signal.generated",
     "apply.plan",
@@ -69,10 +79,6 @@ OTHERS_KEYS: tuple[str, ...] = (
 """Keys of the trading system that are no streams, one of each kind, without the prefix."""
 
 
-REPLAY = "rl_v3.replay"
-"""Our own input, read after all others: dead letters' entries that `dlq replay` sent in again."""
-
-
 class Keys(NamedTuple):
     """All key names of one installation."""
 
@@ -93,12 +99,12 @@ class Keys(NamedTuple):
     @property
     def decisions(self) -> str:
         """Our decision stream."""
-        return self.stream("rl_v3.decision")
+        return self.stream(DECISIONS)
 
     @property
     def comparisons(self) -> str:
         """Our comparison stream."""
-        return self.stream("rl_v3.comparison")
+        return self.stream(COMPARISONS)
 
     @property
     def replay(self) -> str:

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from shadow.records import parse_id
-
-ORIGIN = "0-0"
+from shadow.records import ORIGIN, parse_id
 
 
 class Loss(NamedTuple):

@@ -35,14 +35,13 @@ from shadow.recording import (
     raw_lines,
     raw_table,
 )
-from shadow.records import RunRow, parse_id
+from shadow.records import COMPARISONS, ORIGIN, RunRow, parse_id
 from shadow.segments import (
-    START,
     SegmentWriter,
     make_directory,
     write_durably,
 )
-from shadow.store import COMPARISONS, decode_record
+from shadow.store import decode_record
 from worker.address import AWAY, connected
 from worker.keys import Keys
 from worker.tail import (
@@ -143,9 +142,9 @@ class Recorder:
         cursors = {}
         for stream in streams:
             progress = self.writer.progress(stream)
-            recorded = progress.id != START
-            cursors[stream] = progress.id if recorded else first.get(stream, START)
-            if cursors[stream] == START:
+            recorded = progress.id != ORIGIN
+            cursors[stream] = progress.id if recorded else first.get(stream, ORIGIN)
+            if cursors[stream] == ORIGIN:
                 progress.counts.setdefault("ordinal", 0)
         return cursors
 
@@ -505,7 +504,7 @@ async def _pause(stop: asyncio.Event) -> None:
 
 
 def _newest(reply: Sequence[tuple[bytes, object]]) -> str:
-    return reply[0][0].decode() if reply else START
+    return reply[0][0].decode() if reply else ORIGIN
 
 
 def _reached(cursors: Mapping[str, str], goal: Mapping[str, str]) -> bool:

@@ -30,7 +30,15 @@ from rlv3.errors import PolicyError
 from rlv3.policy import Policy
 from shadow.codec import envelope_ids
 from shadow.pipeline import Pipeline, Settings
-from shadow.records import Commit, Entry, decode_comparison, encode, encode_msgpack
+from shadow.records import (
+    COMPARISONS,
+    DECISIONS,
+    Commit,
+    Entry,
+    decode_comparison,
+    encode,
+    encode_msgpack,
+)
 from shadow.risk import REASONS
 from shadow.rl_v2 import QTables
 from shadow.symbol import StateError
@@ -63,7 +71,6 @@ AWAY_LINE_S = 60.0
 LATENCY_SAMPLES = 4_096
 LATENCY_EVERY = 8
 """One in so many entries of a commit is a sample, its first always."""
-DECISIONS, COMPARISONS = "rl_v3.decision", "rl_v3.comparison"
 TRIES = 2
 """An entry that was alone in hand so often when a worker died is not folded any more."""
 ALONE = 128

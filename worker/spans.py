@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 import msgspec
 
 from rlv3.extras import require
-from shadow.records import Output
+from shadow.records import DECISIONS, Output
 from worker.logs import SERVICE, Log
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.trace import Span
 
-DECISIONS = "rl_v3.decision"
 QUEUE = 1_024
 """Commits that may wait for the thread: some seconds at full speed."""
 BATCH = 512

@@ -17,8 +17,8 @@ import redis.exceptions
 import structlog
 from redis.asyncio import Redis
 
-from shadow.records import parse_id
-from shadow.segments import START, write_durably
+from shadow.records import ORIGIN, parse_id
+from shadow.segments import write_durably
 from worker.keys import Keys
 
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -99,7 +99,7 @@ def missed(info: Mapping[str, Any], cursor: str, counts: MutableMapping[str, int
     first, added = info["first-entry"], info.get("entries-added")
     passed = first is not None and parse_id(first[0].decode()) > parse_id(cursor)
     if not isinstance(added, int):
-        return Missed(1, exact=False) if passed and cursor != START else None
+        return Missed(1, exact=False) if passed and cursor != ORIGIN else None
     if info["last-generated-id"].decode() == cursor:
         ordinal = added
     elif passed:

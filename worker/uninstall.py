@@ -20,7 +20,7 @@ from worker.address import AWAY, connected, refused, shown
 from worker.bus import SOURCE
 from worker.config import WorkerConfig
 from worker.errors import CheckFailed
-from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY, Keys
+from worker.keys import READABLE, Keys
 
 Chunk = list[tuple[bytes, dict[bytes, bytes]]]
 _CHUNK = 500
@@ -41,7 +41,7 @@ class Found(NamedTuple):
 async def find(link: Redis, keys: Keys) -> list[Found]:
     """Return every key that is there and carries one of our names, in a fixed order."""
     streams = [(keys.decisions, "decisions"), (keys.comparisons, "comparisons")]
-    streams += [(keys.dlq(name), "dead letters") for name in (*INPUTS, *OPTIONAL_INPUTS, REPLAY)]
+    streams += [(keys.dlq(name), "dead letters") for name in READABLE]
     found = [await _stream(link, key, what) for key, what in streams if await link.exists(key)]
     if await link.exists(keys.replay):  # entries there are copies of others' by design
         found.append(Found(keys.replay, "replays", await link.xlen(keys.replay)))

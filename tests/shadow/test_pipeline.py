@@ -18,6 +18,7 @@ from shadow import codec
 from shadow.pairing import BUS, OpenV2, Pairing
 from shadow.pipeline import Pipeline, Settings
 from shadow.records import (
+    REPLAY,
     BarRow,
     Commit,
     Decision,
@@ -712,15 +713,15 @@ def test_replays_change_nothing_but_the_ledger_wherever_a_batch_is_cut(
     policy: Policy, tables: QTables, bus_entry: MakeEntry, conflate: bool
 ) -> None:
     entries = workload(bus_entry, seed=4, minutes=25)
-    inputs = (*INPUTS, codec.REPLAY)
+    inputs = (*INPUTS, REPLAY)
     mixed = []
     for n, entry in enumerate(entries):
         mixed.append(entry)
         if n % 40 == 39 and n < 400:  # each of ten twice, the second time much later
             original = entry._replace(entry_id=f"5-{n % 200}")
             fields = codec.replay_fields(original)
-            stream = f"quantum:stream:{codec.REPLAY}"
-            mixed.append(Entry(stream, codec.REPLAY, entry.entry_id, fields))
+            stream = f"quantum:stream:{REPLAY}"
+            mixed.append(Entry(stream, REPLAY, entry.entry_id, fields))
     plain = Pipeline(policy, tables, Settings(), inputs)
     without = payloads(fold(plain, entries))
     results = []
@@ -729,7 +730,7 @@ def test_replays_change_nothing_but_the_ledger_wherever_a_batch_is_cut(
         commits = fold(pipeline, mixed, conflate)
         results.append(payloads(commits))
         replayed = [row for row in rows(commits, LedgerRow) if row.reason == "replay"]
-        outcomes = {what: n for (name, what), n in pipeline.counts.items() if name == codec.REPLAY}
+        outcomes = {what: n for (name, what), n in pipeline.counts.items() if name == REPLAY}
         assert len(replayed) == outcomes["decided"] > 0
         assert sum(outcomes.values()) == 10
         assert outcomes["duplicate"] > 0

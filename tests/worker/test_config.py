@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from rlv3.errors import ConfigError
-from shadow.records import LedgerRow, Output
+from shadow.records import REPLAY, LedgerRow, Output
 from worker import logs
 from worker.config import WorkerConfig, load_config
-from worker.keys import INPUTS, OPTIONAL_INPUTS, REPLAY
+from worker.keys import INPUTS, OPTIONAL_INPUTS
 
 
 def test_defaults_are_the_dataclass() -> None:

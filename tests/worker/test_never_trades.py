@@ -21,11 +21,10 @@ from tests.acl import ENABLED, FILE, users
 from tests.conftest import TIER_7
 from worker import bus as bus_module
 from worker.bus import Bus, BusError
-from worker.keys import INPUTS, OPTIONAL_INPUTS, OTHERS, Keys
+from worker.keys import ALL_INPUTS, INPUTS, OTHERS, Keys
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = Keys()
-ALL = (*INPUTS, *OPTIONAL_INPUTS)
 
 WRITING = frozenset(
     re.findall(
@@ -182,7 +181,7 @@ def test_the_publisher_has_an_allow_list(redis_server, client: redis.Redis, name
     """A pipeline that was changed to emit an order: the whole commit fails before Redis sees it."""
 
     async def publish() -> None:
-        bus = Bus(redis_server.url, redis_server.url, KEYS, ALL)
+        bus = Bus(redis_server.url, redis_server.url, KEYS, ALL_INPUTS)
         try:
             await bus.connect()
             await bus.acquire(start="oldest", on_gap="fail", owner="test")
@@ -197,8 +196,8 @@ def test_the_publisher_has_an_allow_list(redis_server, client: redis.Redis, name
 
 
 def test_the_allow_list_holds_nothing_of_others() -> None:
-    bus = Bus("redis://127.0.0.1:1", "redis://127.0.0.1:1", KEYS, ALL)
-    allowed = {KEYS.decisions, KEYS.comparisons, *map(KEYS.dlq, ALL)}
+    bus = Bus("redis://127.0.0.1:1", "redis://127.0.0.1:1", KEYS, ALL_INPUTS)
+    allowed = {KEYS.decisions, KEYS.comparisons, *map(KEYS.dlq, ALL_INPUTS)}
     assert set(bus._outputs.values()) == allowed
     assert allowed & set(map(KEYS.stream, OTHERS)) == set()
 

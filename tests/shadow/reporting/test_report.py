@@ -22,6 +22,8 @@ from rlv3.events import ACTION_TABLE
 from rlv3.market import simulate
 from rlv3.policy import Policy
 from shadow.records import (
+    COMPARISONS,
+    DECISIONS,
     ArmBar,
     BarRow,
     Comparison,
@@ -41,7 +43,7 @@ from shadow.reporting.overview import agreement
 from shadow.reporting.question import Ask
 from shadow.reporting.report import Report, read_report, summarise
 from shadow.reporting.terminal import Files, summary
-from shadow.store import COMPARISONS, DECISIONS, TABLES, StoreWriter
+from shadow.store import TABLES, StoreWriter
 
 T0 = 1_700_006_400_000_000  # 2023-11-15T00:00:00Z
 MINUTE = 60_000_000
