@@ -71,6 +71,30 @@ def test_contracts_name_every_stream_and_key() -> None:
     assert [name for name in names if f"`{name}`" not in text] == []
 
 
+def folders(place: str) -> set[str]:
+    """Return the names of the folders in one of ours."""
+    return {f.name for f in (ROOT / place).iterdir() if f.is_dir() and f.name != "__pycache__"}
+
+
+def test_the_layout_names_every_folder() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    layout = set(
+        re.findall(
+            r"[a-z0-9]+",
+            text.partition("## Layout")[2].partition("\n\n    ")[2].partition("\n\n")[0],
+        )
+    )
+    wanted = folders("deploy") | (folders("shadow") - {"data"}) | folders("tests") - {"fixtures"}
+    assert wanted - layout == set()
+
+
+def test_every_file_to_deploy_is_described() -> None:
+    text = (ROOT / "deploy" / "README.md").read_text("utf-8")
+    described = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    files = [f for f in (ROOT / "deploy").rglob("*") if f.is_file() and f.name != "README.md"]
+    assert [f.name for f in files if not any(f.match(pattern) for pattern in described)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8"))
