@@ -619,16 +619,6 @@ class Bus:
             _COMMIT, keys, (self.epoch, self._stored, stored, now, SOURCE), body
         )
         self._check_owner(status, details)
-        if status == b"CONFLICT":
-            if json.loads(details[0])["seq"] < self.seq:
-                raise StateLost(
-                    f"{self._sink.url} forgot commits that it had applied: expected number "
-                    f"{self.seq}, found {details[0].decode()}"
-                )
-            raise Fenced(
-                f"another worker wrote in our epoch {self.epoch} in {self._sink.url}: expected "
-                f"cursors {self._stored}, found {details[0].decode()}"
-            )
         self.cursors, self.seq, self._stored = cursors, self.seq + 1, stored
         self._written |= fresh
         self._losses.counts |= commit.counts
@@ -707,7 +697,7 @@ class Bus:
             StateLost: our meta hash is gone, or an older one.
         """
         keys = [self.keys.meta, self.keys.collected]
-        args: list[Any] = [self.epoch, TRIM_LIMIT]
+        args: list[Any] = [self.epoch, TRIM_LIMIT, self._stored]
         for name, (key, keep, cap) in self._caps.items():
             keys.append(key)
             args += (name, keep, cap)
@@ -726,6 +716,21 @@ class Bus:
             raise StateLost(
                 f"{self._sink.url} went back to an earlier state: expected to own epoch "
                 f"{self.epoch}, found epoch {details[0].decode()}"
+            )
+        if status == b"CONFLICT":
+            found = details[0].decode()
+            if not found:
+                raise StateLost(
+                    f"the cursors field of {self.keys.meta} is gone from {self._sink.url}"
+                )
+            if json.loads(found)["seq"] < self.seq:
+                raise StateLost(
+                    f"{self._sink.url} forgot commits that it had applied: expected number "
+                    f"{self.seq}, found {found}"
+                )
+            raise Fenced(
+                f"another worker wrote in our epoch {self.epoch} in {self._sink.url}: expected "
+                f"cursors {self._stored}, found {found}"
             )
         if status == b"LOST":
             raise StateLost(f"{self.keys.meta} is gone from {self._sink.url}")

@@ -3,10 +3,12 @@
 -- that it never holds the server for long.
 --
 -- KEYS  meta, collected, then our streams
--- ARGV  epoch, limit, then per stream (name for the counter, newest entries to keep, hard cap)
--- Reply {'OK', uncollected entries dropped}, {'FENCED', owner, epoch}, {'BACK', epoch} or {'LOST'}
+-- ARGV  epoch, limit, cursors as we left them, then per stream (name for the counter, newest entries
+--       to keep, hard cap)
+-- Reply {'OK', uncollected entries dropped}, {'FENCED', owner, epoch}, {'BACK', epoch}, {'LOST'}, or
+--       {'CONFLICT', cursors found}: commits of this epoch are gone, which no commit may find for long
 
-local held = redis.call('HMGET', KEYS[1], 'epoch', 'owner')
+local held = redis.call('HMGET', KEYS[1], 'epoch', 'owner', 'cursors')
 if not held[1] then
   return {'LOST'}
 end
@@ -16,12 +18,15 @@ end
 if held[1] ~= ARGV[1] then
   return {'FENCED', held[2] or '', held[1]}
 end
+if held[3] ~= ARGV[3] then
+  return {'CONFLICT', held[3] or ''}
+end
 local limit = tonumber(ARGV[2])
 local dropped = 0
 
 for i = 3, #KEYS do
   local key = KEYS[i]
-  local name, keep, cap = unpack(ARGV, 3 * i - 6, 3 * i - 4)
+  local name, keep, cap = unpack(ARGV, 3 * i - 5, 3 * i - 3)
   local length = redis.call('XLEN', key)
   local durable = redis.call('HGET', KEYS[2], key)
   local spare = math.min(length - tonumber(keep), limit)

@@ -197,7 +197,10 @@ def test_every_documented_entry_gets_its_verdict(
     seconds, _ = bus.link.time()
     entries = as_entries(fixtures, seconds * 1_000)
     bus.add(entries.values())
-    worker = start("run", "--redis-url", bus.url, "--inputs", "all", "--start", "oldest")
+    worker = start(
+        "run", "--redis-url", bus.url, "--inputs", "all", "--start", "oldest",
+        "--conflate-after", "off",
+    )  # fmt: skip
     counts = bus.wait_for_counts(len(fixtures))
     assert worker.stop() == 0, worker.said()
 
