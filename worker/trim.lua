@@ -9,7 +9,7 @@
 --       {'CONFLICT', cursors found}: commits of this epoch are gone, which no commit may find for long
 
 local held = redis.call('HMGET', KEYS[1], 'epoch', 'owner', 'cursors')
-if not held[1] then
+if not held[1] or not held[3] then
   return {'LOST'}
 end
 if tonumber(held[1]) < tonumber(ARGV[1]) then
@@ -19,7 +19,7 @@ if held[1] ~= ARGV[1] then
   return {'FENCED', held[2] or '', held[1]}
 end
 if held[3] ~= ARGV[3] then
-  return {'CONFLICT', held[3] or ''}
+  return {'CONFLICT', held[3]}
 end
 local limit = tonumber(ARGV[2])
 local dropped = 0
