@@ -719,10 +719,6 @@ class Bus:
             )
         if status == b"CONFLICT":
             found = details[0].decode()
-            if not found:
-                raise StateLost(
-                    f"the cursors field of {self.keys.meta} is gone from {self._sink.url}"
-                )
             if json.loads(found)["seq"] < self.seq:
                 raise StateLost(
                     f"{self._sink.url} forgot commits that it had applied: expected number "
