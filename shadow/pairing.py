@@ -178,6 +178,14 @@ class Pairing:
         """Settle a v2 decision by rules 1 to 4, or keep it open until its window has passed."""
         if self._is_known(v2):
             return Unmatched.v2(v2, "duplicate")
+        newest = (self.n_main - 1) % RING  # the reference judges the signal just decided
+        candidate = self.main[newest]
+        if (
+            candidate is not None
+            and not candidate.taken & v2.bit
+            and exact_rule(v2, candidate) == 1  # which no other one of this symbol is
+        ):
+            return Match(v2, self._take("m", newest, v2), 1)
         best: tuple[int, int, int, str, int] | None = None
         for name, ring in (("m", self.main), ("a", self.advisory)):
             for slot, candidate in enumerate(ring):

@@ -783,7 +783,8 @@ def release(
 
 def _entry(key: str, event_type: str, row: Any) -> Entry:
     entry_id, flat = row
-    return Entry(key, event_type, entry_id.decode(), _pairs(flat))
+    fields = dict(zip(flat[::2], flat[1::2], strict=False))  # Redis sends pairs
+    return Entry(key, event_type, entry_id.decode(), fields)
 
 
 def _pairs(flat: Sequence[Any]) -> dict[Any, Any]:
