@@ -47,6 +47,10 @@ def random(*parts: str) -> str:
     return f"(hash({', '.join(parts)}) % 1000003 / 1000003.0)"
 
 
+NO_SOURCE = dict.fromkeys(("trace_id", "correlation_id", "v3_trace_id", "v3_correlation_id"), "''")
+"""Ids of the source, for rows to which it gave none."""
+
+
 class Maker:
     """Makes one store."""
 
@@ -248,6 +252,7 @@ class Maker:
 
     def _write(self, table: str, day: int, rows: str, values: dict[str, str]) -> None:
         spec = TABLES[table]
+        values = {**NO_SOURCE, **values}
         columns = ", ".join(
             f'({values[name]})::{kind} AS "{name}"' for name, (kind, _) in spec.columns.items()
         )
