@@ -32,6 +32,7 @@ from shadow.segments import (
     read_position,
     relation,
     valid_segments,
+    within_memory,
 )
 from shadow.store import decode_record
 from shadow.symbol import StateError
@@ -298,7 +299,10 @@ class Reading:
 
     def _fetch(self, query: str) -> Iterator[tuple[Any, ...]]:
         try:
-            with duckdb.connect(":memory:", config={"threads": 1}) as connection:
+            with (
+                within_memory(f"read {self.recording}"),
+                duckdb.connect(":memory:", config={"threads": 1}) as connection,
+            ):
                 found = connection.execute(query)
                 while rows := found.fetchmany(64):
                     yield from rows
