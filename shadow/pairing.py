@@ -292,8 +292,7 @@ class Pairing:
         self.open_v2 = [OpenV2(*v) for v in open_v2]
         for name, value in slots.items():
             ring = self.main if name[0] == "m" else self.advisory
-            facts = [*value, ()][
-                : len(Candidate.__struct_fields__)
-            ]  # an earlier version had no taken_by
+            # an earlier version had no taken_by
+            facts = [*value, ()][: len(Candidate.__struct_fields__)]
             facts[-1] = tuple(facts[-1])
             ring[int(name[1:])] = Candidate(*facts)

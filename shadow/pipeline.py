@@ -62,6 +62,7 @@ from shadow.records import (
     decision_id,
     encode,
     iso,
+    parse_id,
     record_id,
 )
 from shadow.risk import RiskGuard, RiskLimits, Ruling
@@ -429,7 +430,7 @@ class Pipeline:
             crashed: the process ended so often with the only entry in hand: a dead letter for it.
         """
         due = len(entries) - ahead
-        disordered = due <= 0 or self._place(entries[0]) < self._newest
+        disordered = due <= 0 or self._order(entries[0]) < self._newest
         self._now_ms = now_ms
         self._leave_out = leave_out
         cursors: dict[str, str] = {}
@@ -451,7 +452,7 @@ class Pipeline:
             places = tuple(entry.place for entry in entries[:taken])
             self._ledger("order", self._ledger_minute, places)
         if taken and due > 0:
-            self._newest = max(self._newest, self._place(entries[taken - 1]))
+            self._newest = max(self._newest, self._order(entries[taken - 1]))
         return self._finish(cursors, taken)
 
     def superseded(self, entries: Sequence[Entry]) -> frozenset[str]:
@@ -481,10 +482,9 @@ class Pipeline:
                     newest[event.symbol] = event.ts_us
         return frozenset(found)
 
-    def _place(self, entry: Entry) -> tuple[int, int, int]:
+    def _order(self, entry: Entry) -> tuple[int, int, int]:
         """Return what entries are ordered by: id, then the rank of the stream."""
-        ms, _, seq = entry.entry_id.partition("-")
-        return int(ms), int(seq), self.inputs.index(entry.event_type)
+        return *parse_id(entry.entry_id), self.inputs.index(entry.event_type)
 
     # -- one entry -------------------------------------------------------------------------------
 

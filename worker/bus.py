@@ -160,8 +160,6 @@ class _Script:
 _ACQUIRE, _COMMIT, _TRIM, _PUBLISH, _SUSPECT = (
     _Script(f"{name}.lua") for name in ("acquire", "commit", "trim", "publish", "suspect")
 )
-
-
 _EMPTY = b"$0\r\n\r\n"
 """An empty argument, as it ends a packed command."""
 
