@@ -715,7 +715,7 @@ def _plain_tick(entry: Entry) -> Tick | None:
 
     It may only accept what the general reader accepts, with the same result.
     """
-    stream, event_type, entry_id, fields = entry
+    fields = entry.fields
     payload = fields.get(b"payload")
     if not payload or len(payload) > MAX_BODY_BYTES:
         return None
@@ -745,7 +745,10 @@ def _plain_tick(entry: Entry) -> Tick | None:
         return None
     id_ms = entry.id_ms
     ts_us, future = _event_time(time_us, id_ms)
-    ref = EntryRef(stream, event_type, entry_id, id_ms, trace_id, correlation_id, source, future)
+    ref = EntryRef(
+        entry.stream, entry.event_type, entry.entry_id, id_ms, trace_id, correlation_id, source,
+        future,
+    )  # fmt: skip
     volume = _volume(tick.volume, tick.qty)
     return _make_tick(ref, symbol, ts_us, price, volume, tick.bid, tick.ask, tick.is_buyer_maker)
 

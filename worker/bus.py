@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import time
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -43,6 +44,7 @@ from shadow.records import (
     Commit,
     Entry,
     Output,
+    StreamId,
     parse_id,
 )
 from shadow.risk import engaged
@@ -105,6 +107,21 @@ class Batch(NamedTuple):
     """Event type -> what was trimmed before we read it, found now; the entries lie behind it."""
     killed: bool
     """Whether the kill switch is engaged; False where none is read."""
+
+
+class _Reply(NamedTuple):
+    """What Redis answered to one reading."""
+
+    time: list[bytes]
+    """TIME: seconds, microseconds."""
+    streams: Any
+    """Of XREAD: key and rows of every stream that has entries, None for none; or an error."""
+    infos: list[Any]
+    """XINFO STREAM of every stream, where asked for; an error for one that is absent."""
+    switch: Any
+    """The kill switch's key, where there is one."""
+    at: float
+    """When it came, by our monotonic clock."""
 
 
 class Start(NamedTuple):
@@ -269,6 +286,7 @@ class Bus:
     Attributes:
         cursors: full stream key -> id of the last entry committed.
         seq: number of commits.
+        behind: the last reading was cut: more is waiting.
         servers: who answered, source first.
     """
 
@@ -313,8 +331,10 @@ class Bus:
         self._ranks = {key.encode(): rank for rank, key in enumerate(self.streams)}
         self._stored = ""  # the cursors field as the sink holds it
         self._written: dict[str, str] = {}  # fields of meta that are known to be there
+        self._stored_symbols: set[str] = set()
         self._held = False
-        self._behind = False
+        self.behind = False
+        self._asked: tuple[tuple[dict[str, str], int], asyncio.Task[_Reply]] | None = None
         self._on_gap = "fail"
         self._losses = Losses({}, {})
         self._checked_at = -math.inf
@@ -347,6 +367,8 @@ class Bus:
             CheckFailed: state or cursors are missing and `on_gap` is "fail".
             RedisUnavailable: Redis does not answer or refuses.
         """
+        asked, self._asked = self._asked, None
+        await self._forget(asked)
         try:
             infos = await self._stream_infos()
             return await self._acquire(infos, start=start, on_gap=on_gap, owner=owner)
@@ -395,13 +417,15 @@ class Bus:
         for event_type, stream in zip(self.inputs, self.streams, strict=True):
             if self.seq == 0 or stream in added:
                 self._losses.begin(event_type, infos[stream], cursors[stream])
+        symbols = [symbol.decode() for symbol in reply[5]]
+        self._stored_symbols = set(symbols)
         return Start(
             epoch=self.epoch,
             seq=self.seq,
             gap=reply[3].decode(),
             added=added,
             absent=[s for s, info in infos.items() if info is None and s != self.keys.replay],
-            cells=await self._load_cells([symbol.decode() for symbol in reply[5]]),
+            cells=await self._load_cells(symbols),
             counts=counts,
             policy=meta.get(b"policy", b"").decode(),
             frozen=meta.get(b"frozen", b"").decode(),
@@ -478,32 +502,31 @@ class Bus:
         """
         # only who is behind can be overtaken by a producer's trimming, else a look now and then
         # finds what somebody trimmed
-        check = self._behind or time.monotonic() - self._checked_at >= LOSS_CHECK_S
-        (seconds, micros), reply, *infos = await self._source.transaction(
-            ("TIME",),
-            ("XREAD", "COUNT", count, "STREAMS", *self._at_source,
-             *(self.cursors[stream] for stream in self._at_source)),
-            *(_info_commands(self._at_source) if check else ()),
-            *((("GET", self._kill_switch),) if self._kill_switch is not None else ()),
-        )  # fmt: skip
+        check = self.behind or time.monotonic() - self._checked_at >= LOSS_CHECK_S
+        asked, self._asked = self._asked, None
+        if asked is not None and asked[0] == (self.cursors, count):
+            reply = await asked[1]
+        else:
+            await self._forget(asked)
+            reply = await self._ask(self.cursors, count, check=check)
         killed = False
-        if self._kill_switch is not None:
-            value = infos.pop()  # what is no string is not a clear "off" either
-            killed = isinstance(value, RedisError) or engaged(value)
-        self._time_ms = int(seconds) * 1000 + int(micros) / 1000
-        self._time_at = time.monotonic()
-        if isinstance(reply, RedisError):
-            raise BusError(self._source.url, reply) from reply
-        known = self._infos(self._at_source, infos) if check else {}
+        if self._kill_switch is not None:  # what is no string is not a clear "off" either
+            killed = isinstance(reply.switch, RedisError) or engaged(reply.switch)
+        self._time_ms = int(reply.time[0]) * 1000 + int(reply.time[1]) / 1000
+        self._time_at = reply.at
+        streams = reply.streams
+        if isinstance(streams, RedisError):
+            raise BusError(self._source.url, streams) from streams
+        known = self._infos(self._at_source, reply.infos) if reply.infos else {}
         if self._at_sink and self._time_at - self._sink_at >= SINK_LOOK_S:
             replays, replay_infos = await self._read_sink(count)
-            reply = [*(reply or ()), *replays]
+            streams = [*(streams or ()), *replays]
             known |= replay_infos
         found = [
             (self._ranks[key], self.streams[self._ranks[key]], self.inputs[self._ranks[key]], rows)
-            for key, rows in reply or ()
+            for key, rows in streams or ()
         ]
-        self._behind = any(len(rows) >= count for _, _, _, rows in found)
+        self.behind = any(len(rows) >= count for _, _, _, rows in found)
         lost = self._lost(known) if known else {}
         if self._on_gap == "resume-latest":
             found = [item for item in found if item[2] not in lost]
@@ -514,6 +537,34 @@ class Bus:
             default=self._time_ms,
         )
         return Batch(released, max(0.0, self._time_ms - oldest), ahead, lost, killed)
+
+    def ask(self, entries: Sequence[Entry], count: int) -> None:
+        """Send the next reading now: what follows these entries, all of the last reading.
+
+        `read` takes the answer if by then they are committed, and reads anew if not.
+        """
+        cursors = self.cursors | {entry.stream: entry.entry_id for entry in entries}
+        task = asyncio.create_task(self._ask(cursors, count, check=True))
+        self._asked = (cursors, count), task
+
+    async def _ask(self, cursors: Mapping[str, str], count: int, *, check: bool) -> _Reply:
+        replies = await self._source.transaction(
+            ("TIME",),
+            ("XREAD", "COUNT", count, "STREAMS", *self._at_source,
+             *(cursors[stream] for stream in self._at_source)),
+            *(_info_commands(self._at_source) if check else ()),
+            *((("GET", self._kill_switch),) if self._kill_switch is not None else ()),
+        )  # fmt: skip
+        at = time.monotonic()
+        switch = replies.pop() if self._kill_switch is not None else None
+        return _Reply(replies[0], replies[1], replies[2:], switch, at)
+
+    async def _forget(self, asked: tuple[Any, asyncio.Task[_Reply]] | None) -> None:
+        """Give up a reading that was sent ahead; its answer must not be taken for another one's."""
+        if asked is not None:
+            asked[1].cancel()
+            await asyncio.wait((asked[1],))
+            await self._source.close()
 
     async def _read_sink(self, count: int) -> tuple[list[Any], dict[str, StreamInfo | None]]:
         """Read what has to wait for us at the sink: replays, when that is another server."""
@@ -619,6 +670,7 @@ class Bus:
         self._check_owner(status, details)
         self.cursors, self.seq, self._stored = cursors, self.seq + 1, stored
         self._written |= fresh
+        self._stored_symbols.update(commit.cells)
         self._losses.counts |= commit.counts
         return str(status, "ascii")
 
@@ -635,16 +687,19 @@ class Bus:
         types = dict.fromkeys([output.event_type for output in commit.outputs])
         # a name that is not ours has no key: nothing else can ever be appended to
         places = {event_type: place(self._outputs[event_type]) for event_type in types}
-        states = [
-            (place(self.keys.state(symbol)), symbol, list(chain.from_iterable(cells.items())))
-            for symbol, cells in commit.cells.items()
-            if cells
-        ]
+        states, added = [], []
+        for symbol, cells in commit.cells.items():
+            if cells:
+                at = place(self.keys.state(symbol))
+                states.append((at, list(chain.from_iterable(cells.items()))))
+                if symbol not in self._stored_symbols:
+                    added.append((at, symbol))
         fields = list(chain.from_iterable(meta.items()))
         for (event_type, outcome), count in commit.counts.items():
             fields += (f"n:{event_type}:{outcome}", str(count))
         forgotten = [place(self.keys.state(symbol)) for symbol in forget]
-        return keys, _pack((places, self._coded(commit.outputs), forgotten, states, fields))
+        outputs = self._coded(commit.outputs)
+        return keys, _pack((places, outputs, forgotten, added, states, fields))
 
     def _coded(self, outputs: list[Output]) -> list[Output]:
         """Return the outputs with their payloads in our codec, whatever is JSON still."""
@@ -731,6 +786,8 @@ class Bus:
 
     async def drop(self) -> None:
         """Close the connections of the path; the next command opens new ones."""
+        asked, self._asked = self._asked, None
+        await self._forget(asked)
         await self._source.close()
         await self._sink.close()
 
@@ -754,34 +811,52 @@ def release(
         released ones are more than 1 s ahead of TIME (released as read: they would stall the rest).
     """
     lasts = [parse_id(rows[-1][0].decode()) for _, _, _, rows in found]
-    if len(found) == 1 and lasts[0][0] < time_ms:  # one stream is in order already
-        _, key, event_type, rows = found[0]
-        return [_entry(key, event_type, row) for row in rows], None, 0
     cut = [last for last, (_, _, _, rows) in zip(lasts, found, strict=True) if len(rows) >= count]
     limit = min(cut, default=None)
-    due: list[tuple[int, int, int, Entry]] = []
+    due: list[list[Entry]] = []
+    ranks: dict[str, int] = {}
     held: int | None = None
     ahead = 0
     for last, (rank, key, event_type, rows) in zip(lasts, found, strict=True):
-        whole = last[0] < time_ms and (limit is None or last <= limit)
-        for row in rows:
-            entry = _entry(key, event_type, row)
-            first, _, second = entry.entry_id.partition("-")
-            ms, seq = int(first), int(second)
-            if not whole:
-                if ms > time_ms + AHEAD_MS:
+        ranks[key] = rank
+        entries = [_entry(key, event_type, row) for row in rows]
+        if last[0] >= time_ms or (limit is not None and last > limit):  # not all of them are due
+            for i, entry in enumerate(entries):
+                at = parse_id(entry.entry_id)
+                if at[0] > time_ms + AHEAD_MS:
                     ahead += 1
-                elif ms >= time_ms or (limit is not None and (ms, seq) > limit):
-                    held = ms if held is None else min(held, ms)
+                elif at[0] >= time_ms or (limit is not None and at > limit):
+                    held = at[0] if held is None else min(held, at[0])
+                    del entries[i:]
                     break
-            due.append((ms, seq, rank, entry))
-    due.sort()
-    return [entry for _, _, _, entry in due], held, ahead
+        due.append(entries)
+    return _merged(due, ranks), held, ahead
+
+
+def _merged(parts: list[list[Entry]], ranks: Mapping[str, int]) -> list[Entry]:
+    """Merge lists that are in order each; most entries are ticks, so only the others look around.
+
+    Args:
+        ranks: stream -> rank, for entries of the same id.
+    """
+
+    def order(entry: Entry) -> tuple[StreamId, int]:
+        return parse_id(entry.entry_id), ranks[entry.stream]
+
+    parts.sort(key=len)
+    merged = parts.pop() if parts else []
+    for part in parts:
+        at = 0
+        for entry in part:
+            at = bisect(merged, order(entry), at, key=order)
+            merged.insert(at, entry)
+    return merged
 
 
 def _entry(key: str, event_type: str, row: Any) -> Entry:
     entry_id, flat = row
-    fields = dict(zip(flat[::2], flat[1::2], strict=False))  # Redis sends pairs
+    names_and_values = iter(flat)
+    fields = dict(zip(names_and_values, names_and_values, strict=False))  # Redis sends pairs
     return Entry(key, event_type, entry_id.decode(), fields)
 
 

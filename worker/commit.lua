@@ -8,7 +8,8 @@
 --       {positions of output streams by event type,
 --        {{event type, payload, trace id, correlation id} ...},
 --        {positions of states to forget},
---        {{position of a state, symbol, {cell, bytes, cell, bytes ...}} ...},
+--        {{position of a state, symbol} of those that have none yet ...},
+--        {{position of a state, {cell, bytes, cell, bytes ...}} ...},
 --        {field of meta, value, field, value ...}}
 -- Reply {'OK'}, {'DUP'} this very commit was applied before, {'FENCED', owner, epoch},
 --       {'LOST'} meta is gone, {'BACK', epoch} meta is of an earlier owner, {'CONFLICT', cursors found}
@@ -30,7 +31,7 @@ if held[2] ~= ARGV[2] then
   return {'CONFLICT', held[2]}
 end
 
-local places, outputs, forgotten, states, fields = unpack(cmsgpack.unpack(ARGV[6]))
+local places, outputs, forgotten, added, states, fields = unpack(cmsgpack.unpack(ARGV[6]))
 
 for _, output in ipairs(outputs) do
   redis.call('XADD', KEYS[places[output[1]]], '*', 'event_type', output[1], 'payload', output[2],
@@ -41,13 +42,14 @@ for _, place in ipairs(forgotten) do
   redis.call('DEL', KEYS[place])
 end
 
+for _, state in ipairs(added) do
+  redis.call('SADD', KEYS[2], state[2])
+  redis.call('HSET', KEYS[1], 'symbols', redis.call('SCARD', KEYS[2]))
+  redis.call('DEL', KEYS[state[1]]) -- cells left by a state that was lost are not this one's
+end
+
 for _, state in ipairs(states) do
-  local key = KEYS[state[1]]
-  if redis.call('SADD', KEYS[2], state[2]) == 1 then
-    redis.call('HSET', KEYS[1], 'symbols', redis.call('SCARD', KEYS[2]))
-    redis.call('DEL', key) -- cells left by a state that was lost do not belong to this one
-  end
-  redis.call('HSET', key, unpack(state[3]))
+  redis.call('HSET', KEYS[state[1]], unpack(state[2]))
 end
 
 if #fields > 0 then

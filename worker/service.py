@@ -280,7 +280,11 @@ class Worker:
         self.log.info("WORKER_STOPPED", msg="drained", commits=self.bus.seq)
 
     def _read(self) -> Awaitable[Batch]:
-        return self.bus.read(1 if self._alone else READ_COUNT)
+        return self.bus.read(self._read_count)
+
+    @property
+    def _read_count(self) -> int:
+        return 1 if self._alone else READ_COUNT
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -439,60 +443,67 @@ class Worker:
                 entries=batch.ahead,
             )
         entries, due = batch.entries, len(batch.entries) - batch.ahead
+        at, asked = 0, self._alone or not self.bus.behind
         self._superseded = None
         under_way: asyncio.Task[None] | None = None
         try:
-            while entries and not self._stopping.is_set():
-                hand, ahead, crashed = entries, len(entries) - max(due, 0), 0
+            while at < len(entries) and not self._stopping.is_set():
+                crashed = 0
                 if self._alone:
                     if under_way is not None:
                         await under_way
-                    hand, ahead = entries[:1], int(due <= 0)
-                    crashed = await self._in_hand(entries[0])
+                    crashed = await self._in_hand(entries[at])
                 begun = time.perf_counter()
-                commit = self._run(hand, ahead, crashed)
+                commit = self._run(entries, at, due, crashed)
                 folding = begun, time.perf_counter()
                 self.meter.took("fold", folding[1] - begun)
                 if under_way is not None:
                     await under_way
                 if self._alone and not crashed:
                     self._alone -= 1
-                    await self._survived(hand[0].place)
-                under_way = asyncio.create_task(
-                    self._apply(commit, entries[: commit.taken], folding)
-                )
+                    await self._survived(entries[at].place)
+                taken = entries[at : at + commit.taken]
+                under_way = asyncio.create_task(self._apply(commit, taken, folding))
+                at += commit.taken
+                if not asked and len(entries) - at <= self.settings.max_events:
+                    asked = True  # Redis answers while the last commits are folded and applied
+                    self.bus.ask(entries, self._read_count)
                 for _ in range(2):  # one round of the loop to write it, one to send it
                     await asyncio.sleep(0)
-                entries = entries[commit.taken :]
-                due -= commit.taken
         finally:
             if under_way is not None:
                 await under_way
 
-    def _run(self, entries: Sequence[Entry], ahead: int, crashed: int) -> Commit:
-        """Fold one commit's worth; a bug ends the worker, its memory is not to be trusted."""
-        lag_ms = self.progress.lag_ms = max(0.0, self.bus.server_ms() - entries[0].id_ms)
+    def _run(self, entries: Sequence[Entry], at: int, due: int, crashed: int) -> Commit:
+        """Fold one commit's worth; a bug ends the worker, its memory is not to be trusted.
+
+        Args:
+            entries: of one reading.
+            at: where the commit begins.
+            due: how many of them come before those with ids in the future.
+            crashed: see `Pipeline.run`.
+        """
+        hand = entries[at : at + (1 if self._alone else self.settings.max_events)]
+        lag_ms = self.progress.lag_ms = max(0.0, self.bus.server_ms() - hand[0].id_ms)
         after = self.config.conflate_after
         behind = after is not None and lag_ms > after
         try:
             if behind and self._superseded is None:
-                due = len(entries) - ahead
-                first, rest = entries[:due], entries[due:]
-                self._superseded = self.pipeline.superseded(first or rest)
+                self._superseded = self.pipeline.superseded(entries[at:due] or entries[at:])
             return self.pipeline.run(
-                entries,
+                hand,
                 now_ms=time.time() * 1000,
                 leave_out=(self._superseded or ()) if behind else (),
-                ahead=ahead,
+                ahead=max(0, at + len(hand) - max(due, at)),
                 crashed=crashed,
             )
         except Exception:  # whatever it was: named once with its entry, then raised again
-            trace_id, correlation_id = envelope_ids(entries[0])
+            trace_id, correlation_id = envelope_ids(hand[0])
             self.log.exception(
                 "FOLD_FAILED",
                 msg="a bug: the state in memory is not to be trusted any more, so the worker "
                 "ends; after some restarts the entry becomes a dead letter",
-                first=entries[0].place,
+                first=hand[0].place,
                 correlation_id=correlation_id,
                 trace_id=trace_id,
             )

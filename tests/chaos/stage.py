@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import redis
+from msgspec.structs import replace
 
 from shadow.records import Entry
 from tests.chaos import workload
@@ -185,7 +186,8 @@ class Stage:
                 after = ticks[at + self.rng.randint(1, 5)]
                 ms, _, seq = after.entry_id.partition("-")
                 made.append(
-                    after._replace(
+                    replace(
+                        after,
                         entry_id=f"{ms}-{int(seq) + 600 + len(made)}",
                         fields={**after.fields, b"payload": json.dumps(body).encode()},
                     )
@@ -211,8 +213,8 @@ class Stage:
         for at, kind in zip(self.rng.sample(ticks, len(kinds)), kinds, strict=True):
             entry = self.history[at]
             body = json.dumps({**json.loads(entry.fields[b"payload"]), "mine": kind}).encode()
-            self.history[at] = entry._replace(fields={**entry.fields, b"payload": body})
-            harmless[at] = entry._replace(fields={b"payload": b"{"})
+            self.history[at] = replace(entry, fields={**entry.fields, b"payload": body})
+            harmless[at] = replace(entry, fields={b"payload": b"{"})
         return harmless
 
     def to_the_future(self, n: int) -> None:
@@ -220,7 +222,7 @@ class Stage:
         ahead_ms = int(time.time() * 1_000) + 3_600_000
         last = [entry for entry in self.history[-n:] if entry.event_type == workload.TICK]
         self.history[-n:] = [
-            entry._replace(entry_id=f"{ahead_ms}-{i}") for i, entry in enumerate(last)
+            replace(entry, entry_id=f"{ahead_ms}-{i}") for i, entry in enumerate(last)
         ]
 
     def replica(self) -> RedisServer:

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 
 import redis
+from msgspec.structs import replace
 
 from rlv3.market import simulate
 from shadow.history import entries
@@ -63,9 +64,7 @@ def numbered(history: Iterable[Entry]) -> list[Entry]:
             symbol = tick["symbol"]
             numbers[symbol] = tick["n"] = numbers.get(symbol, -1) + 1
             sums[symbol] = tick["sum"] = checksum(sums.get(symbol, 0), tick["price"])
-            entry = entry._replace(
-                fields={**entry.fields, b"payload": json.dumps(tick).encode()}
-            )  # fmt: skip
+            entry = replace(entry, fields={**entry.fields, b"payload": json.dumps(tick).encode()})
         made.append(entry)
     return made
 

@@ -704,7 +704,7 @@ def test_neither_the_newest_tick_nor_one_that_rl_v2_may_have_meant_is_superseded
     named = v2(25, source_stream="market.tick", source_entry_id=a0.entry_id)
     assert pipeline.superseded([a0, b1, a2, named, a3]) == set()
     assert pipeline.superseded([a0, a2, a3, v2(21)]) == {a0.place}  # a2 is within a millisecond
-    again = a2._replace(entry_id=f"{T0 + 20}-1")
+    again = msgspec.structs.replace(a2, entry_id=f"{T0 + 20}-1")
     assert pipeline.superseded([a2, again]) == set()  # a duplicate is decided by neither
 
 
@@ -718,7 +718,7 @@ def test_replays_change_nothing_but_the_ledger_wherever_a_batch_is_cut(
     for n, entry in enumerate(entries):
         mixed.append(entry)
         if n % 40 == 39 and n < 400:  # each of ten twice, the second time much later
-            original = entry._replace(entry_id=f"5-{n % 200}")
+            original = msgspec.structs.replace(entry, entry_id=f"5-{n % 200}")
             fields = codec.replay_fields(original)
             stream = f"quantum:stream:{REPLAY}"
             mixed.append(Entry(stream, REPLAY, entry.entry_id, fields))
