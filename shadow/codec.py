@@ -469,9 +469,9 @@ def _make_tick(
         volume = 0.0
     elif volume and buyer_is_maker is not None:
         side = -1 if buyer_is_maker else 1
-    return Tick(
-        ref, symbol, ts_us, price, volume, _plausible(bid), _plausible(ask), side, synthetic
-    )
+    bid = None if bid is None else _plausible(bid)
+    ask = None if ask is None else _plausible(ask)
+    return Tick(ref, symbol, ts_us, price, volume, bid, ask, side, synthetic)
 
 
 def _tick(ref: EntryRef, ts_us: int, body: _Body) -> Tick:
@@ -724,9 +724,11 @@ def _plain_tick(entry: Entry) -> Tick | None:
         tick = decode(payload)
     except (ValueError, RecursionError):
         return None
-    symbol = tick.symbol
-    price = tick.price
-    time_us = _time_us(tick.timestamp)
+    symbol, price, stated = tick.symbol, tick.price, tick.timestamp
+    if type(stated) is float and 1e8 <= stated < 1e11:  # what `_time_us` makes of most of them
+        time_us: int | None = round(stated * 1_000_000)
+    else:
+        time_us = _time_us(stated)
     trace_id, correlation_id, source = tick.trace_id, tick.correlation_id, tick.source
     if not trace_id:
         trace_id = _text(raw) if (raw := fields.get(b"trace_id")) else ""
@@ -749,7 +751,9 @@ def _plain_tick(entry: Entry) -> Tick | None:
         entry.stream, entry.event_type, entry.entry_id, id_ms, trace_id, correlation_id, source,
         future,
     )  # fmt: skip
-    volume = _volume(tick.volume, tick.qty)
+    volume = tick.volume
+    if volume is None or not 0.0 <= volume <= MAX_VOLUME:
+        volume = _volume(tick.qty)
     return _make_tick(ref, symbol, ts_us, price, volume, tick.bid, tick.ask, tick.is_buyer_maker)
 
 

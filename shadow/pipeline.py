@@ -12,9 +12,10 @@ of the entry that caused them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from math import log
 from typing import Any, assert_never
 
 import msgspec
@@ -434,10 +435,10 @@ class Pipeline:
         self._now_ms = now_ms
         self._leave_out = leave_out
         cursors: dict[str, str] = {}
-        settings = self.settings
+        max_events, max_bytes = self.settings.max_events, self.settings.max_bytes
         taken = 0
         for entry in entries:
-            if taken >= settings.max_events or self._bytes >= settings.max_bytes:
+            if taken >= max_events or self._bytes >= max_bytes:
                 break
             if taken == due > 0:
                 break
@@ -579,8 +580,8 @@ class Pipeline:
             return "unselected"
         state = self._symbol(tick.symbol)
         market = state.market
-        ts_us, price = tick.ts_us, tick.price
-        stale = self._stale(tick.ref, ts_us)
+        ref, ts_us, price = tick.ref, tick.ts_us, tick.price
+        stale = self._stale(ref, ts_us)
         identity = (ts_us, price, tick.volume)
         if state.seen(identity):
             return "stale" if stale else "duplicate"
@@ -596,7 +597,7 @@ class Pipeline:
         )
         bar: BarRow | None = None
         if closed is not None:
-            bar = self._bar_row(state, closed, tick.ref)
+            bar = self._bar_row(state, closed, ref)
         half_spread = market.half_spread
         realised = state.v2.account.realised
         changed = state.v3.on_price(ts_us, price, half_spread)
@@ -613,10 +614,10 @@ class Pipeline:
                 self._emit(bar)
             return "stale"
         if closed is None and not state.owed:
-            if self._leave_out and tick.ref.place in self._leave_out and not state.pairing.open_v2:
-                self._left_out.append(tick.ref)
+            if self._leave_out and ref.place in self._leave_out and not state.pairing.open_v2:
+                self._left_out.append(ref)
                 return "conflated"
-            job = self._job(tick.ref, state, ts_us, "advisory", signal=False)
+            job = self._job(ref, state, ts_us, "advisory", signal=False)
             if state.pairing.open_v2:
                 self._flush()
                 self._decide_now(job)
@@ -625,7 +626,7 @@ class Pipeline:
             self._bytes += DECISION_BYTES
             return "decided"
         state.owed = False
-        obs, missing, chosen = self._step(tick.ref, state, ts_us, price, half_spread)
+        obs, missing, chosen = self._step(ref, state, ts_us, price, half_spread)
         if bar is not None:
             self._emit(
                 msgspec.structs.replace(bar, step_decision_id=chosen, obs=obs, missing_mask=missing)
@@ -966,11 +967,7 @@ class Pipeline:
                 },
                 SCHEMA_VERSION, chosen, kind, ACTION_TABLE[action], tuple(probs),
                 _entropy(probs), v3_direction(action), target, job.standing_id, warm,
-                {
-                    "missing_mask": missing,
-                    "present": N_FEATURES - missing.bit_count(),
-                    "of": N_FEATURES,
-                },
+                _quality(missing),
                 min(1.0, abs(value) / 10.0), zone, TP_PCT * zone, digest[:12], digest,
                 self.feature_version, stamp, event_type, stream, entry_id, source_trace,
                 correlation_id, self.run_id, self._now_ms - ref.id_ms, allowed, reason,
@@ -1269,11 +1266,18 @@ def _may_mean(v2: V2Decision, tick: Tick) -> bool:
     )
 
 
+@lru_cache(maxsize=256)
+def _quality(missing: int) -> dict[str, int]:
+    """Return a decision's `feature_quality`."""
+    present = N_FEATURES - missing.bit_count()
+    return {"missing_mask": missing, "present": present, "of": N_FEATURES}
+
+
 def _entropy(probs: Sequence[float]) -> float:
     total = 0.0
     for p in probs:
         if p > 0.0:
-            total -= p * math.log(p)
+            total -= p * log(p)
     return total
 
 

@@ -57,7 +57,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     @property
     def id_ms(self) -> int:
         """Milliseconds part of the entry id, at most `MAX_ID_MS`."""
-        return min(int(self.entry_id.partition("-")[0]), MAX_ID_MS)
+        ms = int(self.entry_id.partition("-")[0])
+        return ms if ms < MAX_ID_MS else MAX_ID_MS
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
