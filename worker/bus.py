@@ -177,8 +177,6 @@ class _Script:
 _ACQUIRE, _COMMIT, _TRIM, _PUBLISH, _SUSPECT = (
     _Script(f"{name}.lua") for name in ("acquire", "commit", "trim", "publish", "suspect")
 )
-_EMPTY = b"$0\r\n\r\n"
-"""An empty argument, as it ends a packed command."""
 
 
 class _Link:
@@ -191,16 +189,13 @@ class _Link:
 
     async def send(self, *commands: Sequence[Any]) -> list[Any]:
         """Send commands and return their replies; an error reply is returned, not raised."""
-        return await self._send([pack_command(tuple(command)) for command in commands])
-
-    async def _send(self, packed: Sequence[bytes], parts: int = 1) -> list[Any]:
-        """Send packed commands, each in so many parts, and return their replies."""
+        packed = [pack_command(tuple(command)) for command in commands]
         link = self._connection
         try:
             if not link.is_connected:
                 await link.connect()  # sending opens a connection as well, but asks no Sentinel
             await link.send_packed_command(packed, check_health=False)
-            return [await self._reply() for _ in range(len(packed) // parts)]
+            return [await self._reply() for _ in commands]
         except (RedisError, OSError) as error:
             await self.close()
             raise BusError(self.url, error) from error
@@ -222,25 +217,11 @@ class _Link:
         results: list[Any] = self._checked(replies[-1])
         return results
 
-    async def script(
-        self,
-        script: _Script,
-        keys: Sequence[str],
-        args: Iterable[Any],
-        body: bytes | None = None,
-    ) -> list[Any]:
-        """Run a script by its hash, with its text where the server does not know it yet.
-
-        Args:
-            body: a last argument that is long, so it is not copied into the command.
-        """
+    async def script(self, script: _Script, keys: Sequence[str], args: Iterable[Any]) -> list[Any]:
+        """Run a script by its hash, with its text where the server does not know it yet."""
         rest = (len(keys), *keys, *args)
         for command in (("EVALSHA", script.sha, *rest), ("EVAL", script.text, *rest)):
-            if body is None:
-                (reply,) = await self.send(command)
-            else:
-                head = pack_command((*command, b"")).removesuffix(_EMPTY)
-                (reply,) = await self._send((b"%b$%d\r\n" % (head, len(body)), body, b"\r\n"), 3)
+            (reply,) = await self.send(command)
             if not isinstance(reply, NoScriptError):
                 break
         result: list[Any] = self._checked(reply)
@@ -662,10 +643,10 @@ class Bus:
         stored = _dump_cursors(cursors, self.seq + 1)
         fields = {**(meta or {}), **self._losses.fields()}
         fresh = {name: value for name, value in fields.items() if self._written.get(name) != value}
-        keys, body = self._script_arguments(commit, fresh, forget)
+        keys, args = self._script_arguments(commit, fresh, forget)
         now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
         status, *details = await self._sink.script(
-            _COMMIT, keys, (self.epoch, self._stored, stored, now, SOURCE), body
+            _COMMIT, keys, (self.epoch, self._stored, stored, now, SOURCE, *args)
         )
         self._check_owner(status, details)
         self.cursors, self.seq, self._stored = cursors, self.seq + 1, stored
@@ -676,8 +657,8 @@ class Bus:
 
     def _script_arguments(
         self, commit: Commit, meta: Mapping[str, str], forget: Sequence[str]
-    ) -> tuple[list[str], bytes]:
-        """Lay out keys and body as `commit.lua` takes them."""
+    ) -> tuple[list[str], list[bytes]]:
+        """Lay out keys, body and payloads as `commit.lua` takes them."""
         keys = [self.keys.meta, self.keys.symbols]
 
         def place(key: str) -> int:
@@ -698,19 +679,12 @@ class Bus:
         for (event_type, outcome), count in commit.counts.items():
             fields += (f"n:{event_type}:{outcome}", str(count))
         forgotten = [place(self.keys.state(symbol)) for symbol in forget]
-        outputs = self._coded(commit.outputs)
-        return keys, _pack((places, outputs, forgotten, added, states, fields))
-
-    def _coded(self, outputs: list[Output]) -> list[Output]:
-        """Return the outputs with their payloads in our codec, whatever is JSON still."""
-        if not self._as_msgpack:
-            return outputs
-        return [
-            output  # operators read dead letters with redis-cli
-            if output.event_type.startswith("dlq:") or output.payload[:1] != b"{"
-            else output._replace(payload=_to_msgpack(output.payload))
-            for output in outputs
-        ]
+        outputs = commit.outputs
+        envelopes = [(o.event_type, o.trace_id, o.correlation_id) for o in outputs]
+        body = _pack((places, envelopes, forgotten, added, states, fields))
+        if self._as_msgpack:
+            return keys, [body, *map(_in_msgpack, outputs)]
+        return keys, [body, *(output.payload for output in outputs)]
 
     async def suspect(self, place: str, tries: int) -> None:
         """Note what is in hand alone, and how often it was: should we die, it may be the cause.
@@ -895,7 +869,11 @@ _canonical = msgspec.json.Encoder(order="sorted").encode
 _pack = msgpack.Packer(use_bin_type=False).pack
 
 
-def _to_msgpack(payload: bytes) -> bytes:
+def _in_msgpack(output: Output) -> bytes:
+    """Return a payload in msgpack, unless it is already or is a dead letter's."""
+    payload = output.payload
+    if payload[:1] != b"{" or output.event_type.startswith("dlq:"):
+        return payload  # operators read dead letters with redis-cli
     return msgspec.msgpack.encode(msgspec.json.decode(payload))
 
 

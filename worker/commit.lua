@@ -4,9 +4,10 @@
 -- first write is refused nothing is applied, and after it nothing is refused any more.
 --
 -- KEYS  meta, symbols, then output streams and state hashes, which the body names by their position
--- ARGV  epoch, expected cursors, new cursors, timestamp, source, body in msgpack:
+-- ARGV  epoch, expected cursors, new cursors, timestamp, source, body in msgpack, and the payloads of
+--       the outputs one by one, since Lua reads every byte of every string that it is given:
 --       {positions of output streams by event type,
---        {{event type, payload, trace id, correlation id} ...},
+--        {{event type, trace id, correlation id} ...},
 --        {positions of states to forget},
 --        {{position of a state, symbol} of those that have none yet ...},
 --        {{position of a state, {cell, bytes, cell, bytes ...}} ...},
@@ -33,9 +34,9 @@ end
 
 local places, outputs, forgotten, added, states, fields = unpack(cmsgpack.unpack(ARGV[6]))
 
-for _, output in ipairs(outputs) do
-  redis.call('XADD', KEYS[places[output[1]]], '*', 'event_type', output[1], 'payload', output[2],
-    'trace_id', output[3], 'correlation_id', output[4], 'timestamp', ARGV[4], 'source', ARGV[5])
+for i, output in ipairs(outputs) do
+  redis.call('XADD', KEYS[places[output[1]]], '*', 'event_type', output[1], 'payload', ARGV[6 + i],
+    'trace_id', output[2], 'correlation_id', output[3], 'timestamp', ARGV[4], 'source', ARGV[5])
 end
 
 for _, place in ipairs(forgotten) do
