@@ -949,7 +949,8 @@ class Pipeline:
         stamp = iso(ts_us)
         confidence = probs[action]
         zone = 1.0 + value / 20.0
-        zone = 0.5 if zone < 0.5 else min(zone, 1.5)
+        zone = 0.5 if zone < 0.5 else zone if zone < 1.5 else 1.5
+        certainty = abs(value) / 10.0
         allowed: bool | None = None
         reason: str | None = None
         if job.entry is not None:
@@ -968,7 +969,7 @@ class Pipeline:
                 SCHEMA_VERSION, chosen, kind, ACTION_TABLE[action], tuple(probs),
                 _entropy(probs), v3_direction(action), target, job.standing_id, warm,
                 _quality(missing),
-                min(1.0, abs(value) / 10.0), zone, TP_PCT * zone, digest[:12], digest,
+                certainty if certainty < 1.0 else 1.0, zone, TP_PCT * zone, digest[:12], digest,
                 self.feature_version, stamp, event_type, stream, entry_id, source_trace,
                 correlation_id, self.run_id, self._now_ms - ref.id_ms, allowed, reason,
             )

@@ -65,6 +65,8 @@ AHEAD_MS = 1_000
 """An id further ahead of TIME than this is an incident: a clock step or a producer's own id."""
 HELD_SLEEP_S = 0.001
 LOSS_CHECK_S = 0.02
+ENVELOPE = 2 * 6
+"""Names and values of an entry as the bus's own client writes it."""
 KEPT = 10_000
 """The newest of each of our streams stay for its other readers (a recorder), collected or not."""
 TRIM_LIMIT = 2_000
@@ -829,8 +831,11 @@ def _merged(parts: list[list[Entry]], ranks: Mapping[str, int]) -> list[Entry]:
 
 def _entry(key: str, event_type: str, row: Any) -> Entry:
     entry_id, flat = row
-    names_and_values = iter(flat)
-    fields = dict(zip(names_and_values, names_and_values, strict=False))  # Redis sends pairs
+    if len(flat) == ENVELOPE:  # a display is made at its size, which is three times as quick
+        n1, v1, n2, v2, n3, v3, n4, v4, n5, v5, n6, v6 = flat
+        fields = {n1: v1, n2: v2, n3: v3, n4: v4, n5: v5, n6: v6}
+    else:
+        fields = dict(zip(flat[::2], flat[1::2], strict=True))
     return Entry(key, event_type, entry_id.decode(), fields)
 
 
