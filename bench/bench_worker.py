@@ -64,6 +64,7 @@ ESSENTIAL = ("throughput", "steps", "peers", "latency", "bus", "recovery", "star
 RATES = (500, 2_000, 10_000)
 PAIRS = 5
 WINDOW_S = 3.0
+DRAIN_LOOK_S = 0.02
 PEER_OUTPUT = KEYS.stream("peer.decision")
 TICKS = b"n:market.tick:decided"
 
@@ -134,15 +135,17 @@ def publish(link: redis.Redis, entries: Iterable[Entry]) -> int:
     return ticks
 
 
-def until(process: subprocess.Popen[bytes], condition: Callable[[], object]) -> None:
-    """Wait for a condition while a program runs."""
+def until(
+    process: subprocess.Popen[bytes], condition: Callable[[], object], look_s: float = 0.005
+) -> None:
+    """Wait for a condition while a program runs; looking takes Redis and the processor time, too."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if process.poll() is not None:
             raise SystemExit(f"expected {process.args!r} to run, found exit {process.returncode}")
         if time.monotonic() > deadline:
             raise SystemExit(f"waited {PATIENCE_S:.0f} s in vain for {process.args!r}")
-        time.sleep(0.005)
+        time.sleep(look_s)
 
 
 def decided(link: redis.Redis) -> int:
@@ -166,10 +169,10 @@ def drain(
     total: int,
 ) -> dict[str, float]:
     """Time a consumer from its first thousand outputs to the last; returns figures per event."""
-    until(process, lambda: count() >= min(1_000, total // 10))
+    until(process, lambda: count() >= min(1_000, total // 10), DRAIN_LOOK_S)
     first, began = count(), time.perf_counter()
     used = cpu_s(process.pid), cpu_s(pid_of(server))
-    until(process, lambda: count() >= total)
+    until(process, lambda: count() >= total, DRAIN_LOOK_S)
     took, n = time.perf_counter() - began, total - first
     now = cpu_s(process.pid), cpu_s(pid_of(server))
     return {

@@ -1269,7 +1269,7 @@ def _may_mean(v2: V2Decision, tick: Tick) -> bool:
 
 @lru_cache(maxsize=256)
 def _quality(missing: int) -> dict[str, int]:
-    """Return a decision's `feature_quality`."""
+    """Return a decision's `feature_quality`; the same object each time, only to be encoded."""
     present = N_FEATURES - missing.bit_count()
     return {"missing_mask": missing, "present": present, "of": N_FEATURES}
 

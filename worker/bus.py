@@ -350,8 +350,7 @@ class Bus:
             CheckFailed: state or cursors are missing and `on_gap` is "fail".
             RedisUnavailable: Redis does not answer or refuses.
         """
-        asked, self._asked = self._asked, None
-        await self._forget(asked)
+        await self._forget()
         try:
             infos = await self._stream_infos()
             return await self._acquire(infos, start=start, on_gap=on_gap, owner=owner)
@@ -486,11 +485,12 @@ class Bus:
         # only who is behind can be overtaken by a producer's trimming, else a look now and then
         # finds what somebody trimmed
         check = self.behind or time.monotonic() - self._checked_at >= LOSS_CHECK_S
-        asked, self._asked = self._asked, None
+        asked = self._asked
         if asked is not None and asked[0] == (self.cursors, count):
+            self._asked = None
             reply = await asked[1]
         else:
-            await self._forget(asked)
+            await self._forget()
             reply = await self._ask(self.cursors, count, check=check)
         killed = False
         if self._kill_switch is not None:  # what is no string is not a clear "off" either
@@ -542,12 +542,13 @@ class Bus:
         switch = replies.pop() if self._kill_switch is not None else None
         return _Reply(replies[0], replies[1], replies[2:], switch, at)
 
-    async def _forget(self, asked: tuple[Any, asyncio.Task[_Reply]] | None) -> None:
+    async def _forget(self) -> None:
         """Give up a reading that was sent ahead; its answer must not be taken for another one's."""
+        asked, self._asked = self._asked, None
         if asked is not None:
             asked[1].cancel()
-            await asyncio.wait((asked[1],))
-            await self._source.close()
+            await self._source.close()  # redis-py can lose a cancellation that meets a reply
+            await asyncio.gather(asked[1], return_exceptions=True)  # nobody wants to know any more
 
     async def _read_sink(self, count: int) -> tuple[list[Any], dict[str, StreamInfo | None]]:
         """Read what has to wait for us at the sink: replays, when that is another server."""
@@ -762,8 +763,7 @@ class Bus:
 
     async def drop(self) -> None:
         """Close the connections of the path; the next command opens new ones."""
-        asked, self._asked = self._asked, None
-        await self._forget(asked)
+        await self._forget()
         await self._source.close()
         await self._sink.close()
 
