@@ -138,7 +138,7 @@ def publish(link: redis.Redis, entries: Iterable[Entry]) -> int:
 def until(
     process: subprocess.Popen[bytes], condition: Callable[[], object], look_s: float = 0.005
 ) -> None:
-    """Wait for a condition while a program runs; looking takes Redis and the processor time, too."""
+    """Wait for a condition while a program runs; every look costs Redis and the processor time."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if process.poll() is not None:
