@@ -188,6 +188,7 @@ class _Link:
         self.url = shown(url)
         self._pool = open_pool(url, **_options())  # Sentinel's connections refer to it
         self._connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        self._timeout_s: float = self._connection.socket_timeout
 
     async def send(self, *commands: Sequence[Any]) -> list[Any]:
         """Send commands and return their replies; an error reply is returned, not raised."""
@@ -195,9 +196,21 @@ class _Link:
         link = self._connection
         try:
             if not link.is_connected:
+                link.socket_timeout = self._timeout_s  # the library's own, while it logs in
                 await link.connect()  # sending opens a connection as well, but asks no Sentinel
-            await link.send_packed_command(packed, check_health=False)
-            return [await self._reply() for _ in commands]
+                link.socket_timeout = None  # it would be a task and many timers a round trip
+            now = asyncio.get_running_loop().time
+            replies: list[Any] = []
+            async with asyncio.timeout(self._timeout_s) as limit:
+                await link.send_packed_command(packed, check_health=False)
+                for _ in commands:
+                    if replies:
+                        limit.reschedule(now() + self._timeout_s)
+                    replies.append(await self._reply())
+            return replies
+        except TimeoutError as error:
+            await self.close()
+            raise BusError(self.url, f"no answer within {self._timeout_s:g} s") from error
         except (RedisError, OSError) as error:
             await self.close()
             raise BusError(self.url, error) from error
@@ -668,26 +681,34 @@ class Bus:
             keys.append(key)
             return len(keys)
 
-        types = dict.fromkeys([output.event_type for output in commit.outputs])
-        # a name that is not ours has no key: nothing else can ever be appended to
-        places = {event_type: place(self._outputs[event_type]) for event_type in types}
-        states, added = [], []
+        places: dict[str, int] = {}
+        envelopes: list[str] = []
+        payloads = []
+        for event_type, payload, trace_id, correlation_id in commit.outputs:
+            if event_type not in places:
+                # a name that is not ours has no key: nothing else can ever be appended to
+                places[event_type] = place(self._outputs[event_type])
+            envelopes += (event_type, trace_id, correlation_id)
+            payloads.append(payload)
+        if self._as_msgpack:
+            payloads = [_in_msgpack(output) for output in commit.outputs]
+        prefix = self.keys.state("")
+        states: list[Any] = []
+        added: list[Any] = []
         for symbol, cells in commit.cells.items():
             if cells:
-                at = place(self.keys.state(symbol))
-                states.append((at, list(chain.from_iterable(cells.items()))))
+                at = place(prefix + symbol)
+                states += (at, 2 * len(cells))
+                for cell in cells.items():
+                    states += cell
                 if symbol not in self._stored_symbols:
-                    added.append((at, symbol))
+                    added += (at, symbol)
         fields = list(chain.from_iterable(meta.items()))
         for (event_type, outcome), count in commit.counts.items():
             fields += (f"n:{event_type}:{outcome}", str(count))
-        forgotten = [place(self.keys.state(symbol)) for symbol in forget]
-        outputs = commit.outputs
-        envelopes = [(o.event_type, o.trace_id, o.correlation_id) for o in outputs]
+        forgotten = [place(prefix + symbol) for symbol in forget]
         body = _pack((places, envelopes, forgotten, added, states, fields))
-        if self._as_msgpack:
-            return keys, [body, *map(_in_msgpack, outputs)]
-        return keys, [body, *(output.payload for output in outputs)]
+        return keys, [body, *payloads]
 
     async def suspect(self, place: str, tries: int) -> None:
         """Note what is in hand alone, and how often it was: should we die, it may be the cause.

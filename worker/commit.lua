@@ -7,10 +7,10 @@
 -- ARGV  epoch, expected cursors, new cursors, timestamp, source, body in msgpack, and the payloads of
 --       the outputs one by one, since Lua reads every byte of every string that it is given:
 --       {positions of output streams by event type,
---        {{event type, trace id, correlation id} ...},
+--        {event type, trace id, correlation id of an output, of the next ...},
 --        {positions of states to forget},
---        {{position of a state, symbol} of those that have none yet ...},
---        {{position of a state, {cell, bytes, cell, bytes ...}} ...},
+--        {position, symbol of a state that is new, of the next ...},
+--        {position of a state, n, cell, bytes, cell, bytes ... (n of these), the next ...},
 --        {field of meta, value, field, value ...}}
 -- Reply {'OK'}, {'DUP'} this very commit was applied before, {'FENCED', owner, epoch},
 --       {'LOST'} meta is gone, {'BACK', epoch} meta is of an earlier owner, {'CONFLICT', cursors found}
@@ -34,23 +34,28 @@ end
 
 local places, outputs, forgotten, added, states, fields = unpack(cmsgpack.unpack(ARGV[6]))
 
-for i, output in ipairs(outputs) do
-  redis.call('XADD', KEYS[places[output[1]]], '*', 'event_type', output[1], 'payload', ARGV[6 + i],
-    'trace_id', output[2], 'correlation_id', output[3], 'timestamp', ARGV[4], 'source', ARGV[5])
+for i = 7, #ARGV do
+  local at = 3 * (i - 7)
+  redis.call('XADD', KEYS[places[outputs[at + 1]]], '*', 'event_type', outputs[at + 1],
+    'payload', ARGV[i], 'trace_id', outputs[at + 2], 'correlation_id', outputs[at + 3],
+    'timestamp', ARGV[4], 'source', ARGV[5])
 end
 
 for _, place in ipairs(forgotten) do
   redis.call('DEL', KEYS[place])
 end
 
-for _, state in ipairs(added) do
-  redis.call('SADD', KEYS[2], state[2])
+for at = 1, #added, 2 do
+  redis.call('SADD', KEYS[2], added[at + 1])
   redis.call('HSET', KEYS[1], 'symbols', redis.call('SCARD', KEYS[2]))
-  redis.call('DEL', KEYS[state[1]]) -- cells left by a state that was lost are not this one's
+  redis.call('DEL', KEYS[added[at]]) -- cells left by a state that was lost are not this one's
 end
 
-for _, state in ipairs(states) do
-  redis.call('HSET', KEYS[state[1]], unpack(state[2]))
+local at = 1
+while at < #states do
+  local last = at + 1 + states[at + 1]
+  redis.call('HSET', KEYS[states[at]], unpack(states, at + 2, last))
+  at = last + 1
 end
 
 if #fields > 0 then

@@ -468,8 +468,7 @@ class Worker:
                 if not asked and len(entries) - at <= self.settings.max_events:
                     asked = True  # Redis answers while the last commits are folded and applied
                     self.bus.ask(entries, self._read_count)
-                for _ in range(2):  # one round of the loop to write it, one to send it
-                    await asyncio.sleep(0)
+                await asyncio.sleep(0)  # a round of the loop sends it
         finally:
             if under_way is not None:
                 await under_way
