@@ -55,10 +55,12 @@ from worker.keys import INPUTS, Keys  # noqa: E402
 
 KEYS = Keys()
 PATIENCE_S = 120.0
+SLOWLOG = 10_000
 CALM = {
     "appendfsync": "everysec",
     "auto-aof-rewrite-percentage": "0",
     "slowlog-log-slower-than": "1000",
+    "slowlog-max-len": str(SLOWLOG),
 }
 ESSENTIAL = ("throughput", "steps", "peers", "latency", "bus", "recovery", "start")
 RATES = (500, 2_000, 10_000)
@@ -153,6 +155,15 @@ def decided(link: redis.Redis) -> int:
     return int(link.hget(KEYS.meta, TICKS) or 0)  # type: ignore[arg-type]
 
 
+def slow_ms(link: redis.Redis) -> tuple[list[float], list[float]]:
+    """Return how long those scripts, and those other commands, took that took over 1 ms."""
+    scripts, others = [], []
+    for item in link.slowlog_get(SLOWLOG):  # type: ignore[union-attr]
+        kind = scripts if item["command"].startswith(b"EVAL") else others
+        kind.append(item["duration"] / 1e3)
+    return scripts, others
+
+
 def quantile(values: list[float], q: float) -> float:
     """Return a quantile of measurements."""
     ordered = sorted(values)
@@ -196,13 +207,14 @@ def throughput(args: argparse.Namespace) -> None:
                     found = drain(process, server, lambda: decided(link), warm + ticks)
                     memory = rss_mb(process.pid)
                 aof = link.info("persistence")["aof_current_size"] - aof
-                slow = [item["duration"] / 1e3 for item in link.slowlog_get(128)]
+                slow, others = slow_ms(link)
                 script = link.info("commandstats")["cmdstat_evalsha"]["usec_per_call"]
             print(
                 f"throughput {symbols:>5} symbols {form:<8}{found['rate']:>9,.0f} events/s   CPU "
                 f"worker {found['worker']:.1f} Redis {found['redis']:.1f} µs/event   AOF "
                 f"{aof / (warm + ticks):,.0f} B/tick   scripts {script:.0f} µs on average, "
-                f"{len(slow)} over 1 ms (longest {max(slow, default=0.0):.1f} ms)   "
+                f"{len(slow)} over 1 ms (longest {max(slow, default=0.0):.1f} ms), other commands "
+                f"{len(others)} (longest {max(others, default=0.0):.1f} ms)   "
                 f"{memory:.0f} MB"
             )
 

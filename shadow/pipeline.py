@@ -104,7 +104,7 @@ class Settings:
     """The v2 arm is v3 again (`backtest --self`)."""
     risk: RiskLimits | None = None
     """Limits that every decision is annotated with, and that an arm of their own obeys."""
-    max_events: int = 48
+    max_events: int = 52
     """Entries per commit; batch limits change no result."""
     max_bytes: int = 65_536
     """Bytes per commit, about."""

@@ -72,6 +72,8 @@ KEPT = 10_000
 TRIM_LIMIT = 2_000
 """Entries removed per stream and call: about half a millisecond of Redis."""
 HEARTBEAT_TTL_S = 10
+PAGE = 500
+"""Entries of history asked for at a time."""
 SINK_LOOK_S = 0.25
 """How often the sink is asked for replays where the source is another server."""
 REPLAYS_MAX = 2 * KEPT
@@ -465,9 +467,20 @@ class Bus:
         return cells
 
     async def history(self, event_type: str, newest_id: str, count: int) -> list[Entry]:
-        """Return up to `count` entries of an input up to and including an id, oldest first."""
+        """Return up to `count` entries of an input up to and including an id, oldest first.
+
+        In pages, so that no command holds Redis for long. It would look through a whole stream for
+        what is before its first entry.
+        """
         key = self.keys.stream(event_type)
-        rows = await self._source.call("XREVRANGE", key, newest_id, "-", "COUNT", count)
+        rows: list[Any] = []
+        end, full = newest_id, newest_id != ORIGIN
+        while full and len(rows) < count:
+            size = min(PAGE, count - len(rows))
+            page = await self._source.call("XREVRANGE", key, end, "-", "COUNT", size)
+            rows += page
+            full = len(page) == size
+            end = f"({rows[-1][0].decode()}" if rows else ""
         return [_entry(key, event_type, row) for row in reversed(rows)]
 
     async def store_artifact(self, digest: str, source: bytes) -> None:

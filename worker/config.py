@@ -65,7 +65,7 @@ class WorkerConfig:
     """When entries, state or cursors are missing: resume-oldest, resume-latest or fail."""
     latency_ms: int = 250
     """Delay from a decision to the first price at which its order may fill."""
-    max_batch: int = 48
+    max_batch: int = 52
     """Events per commit, 64 at most: its script holds Redis up. Changes no result."""
     decisions_cap: int = 50_000
     """Hard cap of the decision stream; what the collector did not get is counted."""

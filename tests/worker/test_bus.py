@@ -559,6 +559,26 @@ def test_history_returns_the_newest_up_to_an_id_oldest_first(redis_server, clien
         async with opened(redis_server.url) as bus:
             entries = await bus.history("market.tick", "4-0", 2)
             assert ids(entries) == [("market.tick", "3-0"), ("market.tick", "4-0")]
+            assert await bus.history("market.tick", "0-0", 2) == []
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("there", "asked"), [(1_203, 1_100), (1_203, 1_000), (1_203, 5_000), (500, 600)]
+)
+def test_history_in_pages_leaves_nothing_out(redis_server, client, there, asked) -> None:
+    with client.pipeline() as pipe:
+        for n in range(there):
+            pipe.xadd(TICKS, BODY, id=f"{1 + n // 3}-{n % 3}")
+        pipe.execute()
+
+    async def play() -> None:
+        async with opened(redis_server.url) as bus:
+            newest = client.xrevrange(TICKS, count=1)[0][0].decode()
+            entries = await bus.history("market.tick", newest, asked)
+            expected = [entry_id.decode() for entry_id, _ in client.xrange(TICKS)][-asked:]
+            assert [entry.entry_id for entry in entries] == expected
 
     asyncio.run(play())
 
