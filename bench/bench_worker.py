@@ -12,6 +12,7 @@ up (`bench/load.py`). Figures are printed as they come, misses included.
     start       exec to the first decision without and with state; memory at 200 symbols
     audit       how fast a recording is proved
     memory      over a million events at 30, 200 and 1,000 symbols: minutes, so only when named
+    pauses      how often the machine itself stops a program that waits for nothing
 
     python bench/bench_worker.py [PART ...] [--events N] [--symbols N ...] [--form json|msgpack ...]
 """
@@ -23,6 +24,7 @@ import asyncio
 import gc
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import statistics
@@ -62,11 +64,12 @@ CALM = {
     "slowlog-log-slower-than": "1000",
     "slowlog-max-len": str(SLOWLOG),
 }
-ESSENTIAL = ("throughput", "steps", "peers", "latency", "bus", "recovery", "start")
+ESSENTIAL = ("throughput", "steps", "peers", "latency", "bus", "recovery", "start", "pauses")
 RATES = (500, 2_000, 10_000)
 PAIRS = 5
 WINDOW_S = 3.0
 DRAIN_LOOK_S = 0.02
+PAUSES_S = 6.0
 PEER_OUTPUT = KEYS.stream("peer.decision")
 TICKS = b"n:market.tick:decided"
 
@@ -611,9 +614,32 @@ def memory(args: argparse.Namespace) -> None:
             )
 
 
+def _stopped_ms(seconds: float) -> list[float]:
+    """Look at the clock for so long; returns how long it was kept from that, in ms."""
+    gaps, last = [], time.perf_counter()
+    end = last + seconds
+    while last < end:
+        now = time.perf_counter()
+        if now - last > 5e-4:
+            gaps.append((now - last) * 1e3)
+        last = now
+    return gaps
+
+
+def pauses(_: argparse.Namespace) -> None:
+    """Watch programs that only look at the clock, one for each core: what stops them stops all."""
+    cores = os.cpu_count() or 1
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        found = [gap for gaps in pool.map(_stopped_ms, [PAUSES_S] * cores) for gap in gaps]
+    print(
+        f"pauses     {len(found) / PAUSES_S / cores:.1f} a second and core over 0.5 ms "
+        f"(longest {max(found, default=0.0):.1f} ms) of programs that wait for nothing"
+    )
+
+
 PARTS = {
     part.__name__: part
-    for part in (throughput, steps, peers, latency, bus, recovery, start, audit, memory)
+    for part in (throughput, steps, peers, latency, bus, recovery, start, audit, memory, pauses)
 }
 
 

@@ -6,10 +6,11 @@ One loop, no queues between its steps:
     tend                                  (heartbeat, trimming: every few seconds)
     wait                                  (only when there was nothing to read)
 
-While Redis applies a commit, the next one is folded; it is sent when the one before it is applied,
-and nothing is read until all are. So the pipeline's memory is ahead of Redis by at most the commit
-on its way and the one in hand. When Redis goes away that very commit is repeated until it is
-applied, so memory and Redis never disagree.
+While Redis applies a commit, the next one is folded; it is sent when the one before it is applied.
+So the pipeline's memory is ahead of Redis by at most the commit on its way and the one in hand.
+When Redis goes away that very commit is repeated until it is applied, so memory and Redis never
+disagree. Whoever is behind asks for the next reading while the last commits of one are folded; the
+answer is looked at when all of them are applied.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ from worker.spans import Applied, Interval, Spans, otlp, traced
 from worker.status import FORMAT, PUBLISH_S, PolicyInfo, Status
 from worker.status import encode as encode_status
 
-READ_COUNT = 384
-"""Entries asked of each stream at a time: about half a millisecond of Redis."""
+READ_COUNT = 512
+"""Entries asked of each stream at a time: under a millisecond of Redis, and what conflation sees."""
 HISTORY = 10_000
 """Entries of klines, then of ticks, that warm up a first start: all that production retains."""
 BEAT_S = 3.0
