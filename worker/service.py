@@ -58,7 +58,7 @@ from worker.status import FORMAT, PUBLISH_S, PolicyInfo, Status
 from worker.status import encode as encode_status
 
 READ_COUNT = 512
-"""Entries asked of each stream at a time: under a millisecond of Redis, and what conflation sees."""
+"""Entries asked of each stream at a time: below a millisecond of Redis; conflation sees as many."""
 HISTORY = 10_000
 """Entries of klines, then of ticks, that warm up a first start: all that production retains."""
 BEAT_S = 3.0
