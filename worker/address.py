@@ -94,6 +94,8 @@ def open_pool(url: str, **options: Any) -> ConnectionPool:
     """
     try:
         parts = _split(url)
+        if parts.scheme == "unix":  # a socket of this machine has nothing to keep alive
+            options = {k: v for k, v in options.items() if k != "socket_keepalive"}
         sentinel = "+sentinel" in parts.scheme
         pool = (
             _sentinel_pool(parts, options) if sentinel else ConnectionPool.from_url(url, **options)

@@ -72,6 +72,8 @@ KEPT = 10_000
 TRIM_LIMIT = 2_000
 """Entries removed per stream and call: about half a millisecond of Redis."""
 HEARTBEAT_TTL_S = 10
+FEW = 16
+"""One entry in so many is put among the others; more are sorted with them."""
 PAGE = 500
 """Entries of history asked for at a time."""
 SINK_LOOK_S = 0.25
@@ -110,7 +112,7 @@ class Batch(NamedTuple):
     lost: dict[str, Loss]
     """Event type -> what was trimmed before we read it, found now; the entries lie behind it."""
     killed: bool
-    """Whether the kill switch is engaged; False where none is read."""
+    """Whether the kill switch was engaged when the reading was sent; False where none is read."""
 
 
 class _Reply(NamedTuple):
@@ -125,7 +127,7 @@ class _Reply(NamedTuple):
     switch: Any
     """The kill switch's key, where there is one."""
     at: float
-    """When it came, by our monotonic clock."""
+    """When we got to it, by our monotonic clock: sent ahead, it may have come a fold earlier."""
 
 
 class Start(NamedTuple):
@@ -552,6 +554,7 @@ class Bus:
 
         `read` takes the answer if by then they are committed, and reads anew if not.
         """
+        assert self._asked is None, "expected the answer to the last one to be read first"
         cursors = self.cursors | {entry.stream: entry.entry_id for entry in entries}
         task = asyncio.create_task(self._ask(cursors, count, check=True))
         self._asked = (cursors, count), task
@@ -680,7 +683,7 @@ class Bus:
         self._check_owner(status, details)
         self.cursors, self.seq, self._stored = cursors, self.seq + 1, stored
         self._written |= fresh
-        self._stored_symbols.update(commit.cells)
+        self._stored_symbols.update(symbol for symbol, cells in commit.cells.items() if cells)
         self._losses.counts |= commit.counts
         return str(status, "ascii")
 
@@ -844,7 +847,7 @@ def release(
 
 
 def _merged(parts: list[list[Entry]], ranks: Mapping[str, int]) -> list[Entry]:
-    """Merge lists that are in order each; most entries are ticks, so only the others look around.
+    """Merge lists that are in order each; most entries are ticks, and few others look around.
 
     Args:
         ranks: stream -> rank, for entries of the same id.
@@ -855,6 +858,8 @@ def _merged(parts: list[list[Entry]], ranks: Mapping[str, int]) -> list[Entry]:
 
     parts.sort(key=len)
     merged = parts.pop() if parts else []
+    if FEW * sum(map(len, parts)) > len(merged):
+        return sorted(chain(merged, *parts), key=order)
     for part in parts:
         at = 0
         for entry in part:

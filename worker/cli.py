@@ -110,7 +110,7 @@ def run(
     ] = None,
     max_batch: Annotated[
         str | None,
-        typer.Option(help="Events per commit, 1 to 64; changes no result. (default: 48)"),
+        typer.Option(help="Events per commit, 1 to 64; changes no result. (default: 52)"),
     ] = None,
     risk_limits: Annotated[
         str | None,

@@ -46,8 +46,8 @@ for _, place in ipairs(forgotten) do
 end
 
 for at = 1, #added, 2 do
-  redis.call('SADD', KEYS[2], added[at + 1])
-  redis.call('HSET', KEYS[1], 'symbols', redis.call('SCARD', KEYS[2]))
+  -- counted here, not by the set: should the set vanish, the number still says so at the next start
+  redis.call('HINCRBY', KEYS[1], 'symbols', redis.call('SADD', KEYS[2], added[at + 1]))
   redis.call('DEL', KEYS[added[at]]) -- cells left by a state that was lost are not this one's
 end
 

@@ -467,7 +467,7 @@ class Worker:
                 under_way = asyncio.create_task(self._apply(commit, taken, folding))
                 at += commit.taken
                 if not asked and len(entries) - at <= 2 * self.settings.max_events:
-                    asked = True  # Redis answers while the last two commits are folded
+                    asked = True  # Redis answers while the last commits are folded
                     self.bus.ask(entries, self._read_count)
                 await asyncio.sleep(0)  # a round of the loop sends it
         finally:

@@ -96,6 +96,7 @@ def _become(
     log: str,
     skew_s: float,
     mined: bool,
+    reading: int,
 ) -> None:
     """Turn a forked process into one of our programs."""
     if sys.platform == "linux":
@@ -110,12 +111,18 @@ def _become(
         time.time = lambda: right() + skew_s
     if mined:
         _lay_mines()
+    if reading:
+        from worker import service
+
+        service.READ_COUNT = reading
     program(arguments)
 
 
 class Forked:
     """A running program.
 
+    Args:
+        reading: how many entries a worker asks of each stream at a time; 0 for its own number.
     Attributes:
         pid: its process.
     """
@@ -128,12 +135,13 @@ class Forked:
         naive: bool = False,
         skew_s: float = 0.0,
         mined: bool = False,
+        reading: int = 0,
     ) -> None:
         self.log = log
         program = _ordinary if naive else _worker
         self._process = context.Process(
             target=_become,
-            args=(program, list(arguments), str(log), skew_s, mined),
+            args=(program, list(arguments), str(log), skew_s, mined, reading),
             daemon=True,
         )
         self._process.start()

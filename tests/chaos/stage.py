@@ -29,6 +29,8 @@ from tests.chaos.workload import Producer, id_key
 from worker.embedded import RedisServer, ServerBinary
 
 BARS, TICKS_PER_BAR = 50, 6
+READINGS = (5, 40, 512)
+"""Entries that a worker asks for at a time: with few, it is nearly always one reading ahead."""
 RSS_LIMIT_MB = 150.0
 STRANGER = "quantum:group:ai_engine:market.tick"
 _MEMORY = Path("/dev/shm")
@@ -56,6 +58,7 @@ class Stage:
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
+        self._readings = random.Random(f"readings of {seed}")
         self.context = context
         self.policy = policy
         self.binary = binary
@@ -114,8 +117,9 @@ class Stage:
     def _start(self, arguments: list[str], *, naive: bool = False) -> Forked:
         log = self.directory / f"{len(self.programs)}.log"
         program = Forked(
-            self.context, log, *arguments, naive=naive, skew_s=self.skew_s, mined=self.mined
-        )
+            self.context, log, *arguments, naive=naive, skew_s=self.skew_s, mined=self.mined,
+            reading=self._readings.choice(READINGS),
+        )  # fmt: skip
         self.programs.append(program)
         return program
 

@@ -23,6 +23,7 @@ from rlv3 import console
 from rlv3.errors import ConfigError
 from tests.chaos.policy import lively
 from tests.chaos.programs import Forked, nursery, wait_until
+from tests.chaos.stage import READINGS
 from worker.embedded import RedisServer, find_servers
 from worker.keys import Keys
 
@@ -51,7 +52,10 @@ class Scene:
         """Start a worker and wait until it owns the state."""
         log = self.directory / f"{time.monotonic_ns()}.log"
         flags = ("--policy", str(self.policy), "--start", "oldest", "--max-event-age", "off")
-        worker = Forked(nursery(), log, "run", "--redis-url", self.server.url, *flags)
+        worker = Forked(
+            nursery(), log, "run", "--redis-url", self.server.url, *flags,
+            reading=self.rng.choice(READINGS),
+        )  # fmt: skip
         wait_until(lambda: "WORKER_STARTED" in worker.said(), worker.said)
         return worker
 

@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
+import hiredis
 import pytest
 import redis
 from hypothesis import given
@@ -202,12 +203,25 @@ def test_symbols_that_vanish_while_running_are_missed_at_the_next_start(
             await acquire(bus)
             await bus.commit(a_commit("a", "9-0"))
             client.delete(KEYS.symbols)
-            await bus.commit(a_commit("b", "9-1", cells={"BTCUSDT": {"arms": b"more"}}))
+            cells = {"BTCUSDT": {"arms": b"more"}, "ETHUSDT": {"open": b"new"}}
+            await bus.commit(a_commit("b", "9-1", cells=cells))
             with pytest.raises(CheckFailed, match="the state of 1 symbols is missing"):
                 await acquire(bus)
 
     asyncio.run(play())
     assert client.hgetall(KEYS.state("BTCUSDT")) == {b"open": b"a", b"arms": b"more"}
+
+
+def test_symbol_without_cells_is_not_taken_for_stored(redis_server, client) -> None:
+    async def play() -> None:
+        async with opened(redis_server.url) as bus:
+            await acquire(bus)
+            await bus.commit(a_commit("a", cells={"BTCUSDT": {}}))
+            await bus.commit(a_commit("b", "5-1", cells={"BTCUSDT": {"open": b"b"}}))
+
+    asyncio.run(play())
+    assert client.smembers(KEYS.symbols) == {b"BTCUSDT"}
+    assert client.hget(KEYS.meta, "symbols") == b"1"
 
 
 def test_missing_cursors_resume_at_the_latest_when_told(redis_server, client) -> None:
@@ -369,6 +383,84 @@ def test_a_stream_that_began_anew_below_ids_in_the_future_is_read_again(
     asyncio.run(play())
 
 
+# -- limits ---------------------------------------------------------------------------------------
+
+
+class Slow:
+    """A server that logs everybody in and answers each command after a pause, or not at all."""
+
+    ANSWERS: ClassVar = {b"EXEC": b"*2\r\n*2\r\n$1\r\n9\r\n$1\r\n0\r\n*-1\r\n"}
+
+    def __init__(self, pause_s: float = 0.0) -> None:
+        self.pause_s = pause_s
+        self.silent = False
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        parser = hiredis.Reader()
+        while data := await reader.read(4096):
+            parser.feed(data)
+            while (command := parser.gets()) is not False:
+                await asyncio.sleep(self.pause_s)
+                if not self.silent:
+                    writer.write(self.ANSWERS.get(command[0], b"+OK\r\n"))
+        writer.close()
+
+    @contextlib.asynccontextmanager
+    async def serve(self) -> AsyncIterator[Bus]:
+        """Return a bus that has to log in here and waits 0.3 s for an answer."""
+        server = await asyncio.start_server(self.answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server:
+            bus = Bus(
+                f"redis://me:pw@127.0.0.1:{port}/0?socket_timeout=0.3", "redis://x", KEYS, INPUTS
+            )
+            bus.cursors = dict.fromkeys((TICKS, SIGNALS, V2), "0-0")
+            try:
+                yield bus
+            finally:
+                await bus.close()
+
+
+def test_login_that_is_not_answered_ends() -> None:
+    async def play() -> None:
+        slow = Slow()
+        async with slow.serve() as bus:
+            await bus.wait()
+            await bus.drop()
+            slow.silent = True
+            with pytest.raises(BusError):
+                await asyncio.wait_for(bus.wait(), 5.0)
+
+    asyncio.run(play())
+
+
+def test_every_answer_has_its_own_time() -> None:
+    async def play() -> None:
+        slow = Slow()
+        async with slow.serve() as bus:
+            await bus.wait()
+            slow.pause_s = 0.2
+            began = time.monotonic()
+            await bus.read(1)  # MULTI, TIME, XREAD and more, each a pause
+            assert time.monotonic() - began > 0.3
+            slow.silent = True
+            with pytest.raises(BusError, match=r"no answer within 0\.3 s"):
+                await asyncio.wait_for(bus.wait(), 5.0)
+
+    asyncio.run(play())
+
+
+def test_socket_of_this_machine_is_a_bus(binary, tmp_path) -> None:
+    async def play() -> None:
+        async with opened(server.url) as bus:
+            await acquire(bus)
+            assert await bus.commit(a_commit("a")) == "OK"
+
+    with RedisServer.start(binary, unix=True) as server:
+        assert server.url.startswith("unix://")
+        asyncio.run(play())
+
+
 # -- the release rule -----------------------------------------------------------------------------
 
 
@@ -464,6 +556,26 @@ def test_reading_sent_ahead_is_what_a_reading_after_the_commit_would_have_been(
     asyncio.run(play())
 
 
+@pytest.mark.parametrize("two", [False, True])
+def test_answer_to_a_reading_sent_ahead_is_taken(redis_server, second_server, client, two) -> None:
+    for n in range(1, 5):
+        client.xadd(TICKS, BODY, id=f"{n}-0")
+
+    async def play() -> None:
+        async with opened(redis_server.url, second_server.url if two else None) as bus:
+            await acquire(bus, "oldest")
+            first = await bus.read(2)
+            bus.ask(first.entries, 10)
+            await asyncio.sleep(0.1)
+            client.xadd(TICKS, BODY, id="5-0")  # too late for that answer
+            counts = {("market.tick", "decided"): 2}
+            await bus.commit(a_commit("a", cursors={TICKS: "2-0"}, counts=counts))
+            assert ids((await bus.read(10)).entries) == [("market.tick", f"{n}-0") for n in (3, 4)]
+            assert ids((await bus.read(10)).entries)[-1] == ("market.tick", "5-0")
+
+    asyncio.run(play())
+
+
 def test_answer_to_a_reading_sent_ahead_is_nobody_elses(redis_server, client) -> None:
     for n in range(1, 5):
         client.xadd(TICKS, BODY, id=f"{n}-0")
@@ -479,6 +591,7 @@ def test_answer_to_a_reading_sent_ahead_is_nobody_elses(redis_server, client) ->
             bus.ask(first.entries, 2)
             await asyncio.sleep(0)
             await bus.drop()
+            assert asyncio.all_tasks() == {asyncio.current_task()}
             assert ids((await bus.read(2)).entries) == ids(first.entries)
 
     asyncio.run(play())

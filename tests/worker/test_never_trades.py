@@ -50,7 +50,8 @@ PLACES = {
     ("commit.lua", "XADD"): 1,  # the one publisher: KEYS, of `Bus._outputs`
     ("commit.lua", "DEL"): 2,  # damaged and orphaned state
     ("commit.lua", "SADD"): 1,
-    ("commit.lua", "HSET"): 4,
+    ("commit.lua", "HSET"): 3,
+    ("commit.lua", "HINCRBY"): 1,  # number of symbols
     ("trim.lua", "XTRIM"): 2,  # our own streams
     ("trim.lua", "HINCRBY"): 1,
     ("bus.py", "EVALSHA"): 1,
