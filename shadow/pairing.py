@@ -141,7 +141,8 @@ class Pairing:
         self.open_v2: list[OpenV2] = []
         self.deadline = 1 << 62
         """Event time after which `expire` has something to do."""
-        self.dirty: set[str] = set()
+        self.dirty: dict[str, Candidate] = {}
+        """Cell name -> what changed since it was last kept."""
 
     def add(
         self, candidate: Candidate, signal_window_us: int
@@ -163,14 +164,14 @@ class Pairing:
             if old is not None and old.signal and not old.taken:
                 gone.append(Unmatched.v3(old, "evicted"))
             self.main[slot] = candidate
-            self.dirty.add(_MAIN_CELLS[slot])
+            self.dirty[_MAIN_CELLS[slot]] = candidate
             self.n_main += 1
             if candidate.signal and not candidate.taken:
                 self.deadline = min(self.deadline, candidate.ts_us + signal_window_us)
         else:
             slot = self.n_advisory % RING
             self.advisory[slot] = candidate
-            self.dirty.add(_ADVISORY_CELLS[slot])
+            self.dirty[_ADVISORY_CELLS[slot]] = candidate
             self.n_advisory += 1
         return matches, gone
 
@@ -223,8 +224,7 @@ class Pairing:
         ring = self.main if name == "m" else self.advisory
         candidate = ring[slot]
         assert candidate is not None
-        candidate = ring[slot] = _taken(candidate, v2)
-        self.dirty.add(f"{name}{slot}")
+        candidate = ring[slot] = self.dirty[f"{name}{slot}"] = _taken(candidate, v2)
         return candidate
 
     def expire(
@@ -253,8 +253,8 @@ class Pairing:
             reason = "opponent_off" if opponent_off else "missing_v2"
             done.append(Unmatched.v3(candidate, reason))
             # reported once, and no longer a candidate: it must not be paired as well
-            self.main[slot] = msgspec.structs.replace(candidate, taken=REFERENCE | BUS)
-            self.dirty.add(f"m{slot}")
+            settled = msgspec.structs.replace(candidate, taken=REFERENCE | BUS)
+            self.main[slot] = self.dirty[f"m{slot}"] = settled
         self.deadline = deadline
         return done
 
@@ -277,10 +277,6 @@ class Pairing:
             reason = "candidate_taken" if taken else "missing_v3"
             return Unmatched.v2(v2, reason)
         return Match(v2, self._take("m", best[2], v2), 5)
-
-    def slot(self, name: str) -> Candidate | None:
-        """Return what a ring slot holds, by the name of its cell."""
-        return (self.main if name[0] == "m" else self.advisory)[int(name[1:])]
 
     def dump(self) -> tuple[Any, ...]:
         """Return what is not in a ring slot."""

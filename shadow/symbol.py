@@ -69,7 +69,7 @@ class SymbolState:
     """Market, arms, pairing and RL v2's memory of one symbol."""
 
     __slots__ = (
-        "_known", "_recent", "arms_dirty", "bus_regime", "closed_dirty", "dirty_slots",
+        "_known", "_recent", "arms_dirty", "bus_regime", "closed_dirty", "dirty_ticks",
         "follow_signal", "gap", "guard", "guard_dirty", "last_confidence", "last_direction",
         "market", "marks", "n_recent", "now_us", "open_dirty", "owed", "pairing", "reference",
         "regime", "standing_id", "symbol", "v2", "v2_bus", "v2_digest", "v2_multiplier", "v3",
@@ -108,7 +108,7 @@ class SymbolState:
         self.v2_multiplier: float | None = None
         self.marks = (0, 0, 0)  # what of `Pipeline.marks` was applied here
         self.open_dirty = self.arms_dirty = self.closed_dirty = self.guard_dirty = False
-        self.dirty_slots: set[int] = set()
+        self.dirty_ticks: dict[str, SeenTick] = {}
 
     def seen(self, tick: SeenTick) -> bool:
         """Return True when the same tick is among the last 64 folded ones."""
@@ -122,7 +122,7 @@ class SymbolState:
             self._known.discard(old)
         self._recent[slot] = tick
         self._known.add(tick)
-        self.dirty_slots.add(slot)
+        self.dirty_ticks[_TICK_CELLS[slot]] = tick
         self.n_recent += 1
 
     def forget_market(self) -> None:
@@ -178,14 +178,14 @@ class SymbolState:
             cells["closed"] = pack((self.market.dump_closed(), self.regime, memory))
         if self.guard is not None and self.guard_dirty:
             cells["guard"] = pack(self.guard.dump())
-        recent, pairing = self._recent, self.pairing
-        for slot in self.dirty_slots:
-            cells[_TICK_CELLS[slot]] = pack(recent[slot])
-        for name in pairing.dirty:
-            cells[name] = pack(pairing.slot(name))
+        candidates = self.pairing.dirty
+        for name, tick in self.dirty_ticks.items():
+            cells[name] = pack(tick)
+        for name, candidate in candidates.items():
+            cells[name] = pack(candidate)
         self.open_dirty = self.arms_dirty = self.closed_dirty = self.guard_dirty = False
-        self.dirty_slots.clear()
-        pairing.dirty.clear()
+        self.dirty_ticks.clear()
+        candidates.clear()
         return cells
 
     def load(self, cells: Mapping[str, bytes]) -> None:
@@ -231,6 +231,10 @@ class SymbolState:
     def mark_all_dirty(self) -> None:
         """Make the next `take_cells` return everything."""
         self.open_dirty = self.arms_dirty = self.closed_dirty = self.guard_dirty = True
-        self.dirty_slots.update(i for i, tick in enumerate(self._recent) if tick is not None)
+        self.dirty_ticks.update(
+            {_TICK_CELLS[i]: tick for i, tick in enumerate(self._recent) if tick is not None}
+        )
         for prefix, ring in (("m", self.pairing.main), ("a", self.pairing.advisory)):
-            self.pairing.dirty.update(f"{prefix}{i}" for i, c in enumerate(ring) if c is not None)
+            self.pairing.dirty.update(
+                {f"{prefix}{i}": c for i, c in enumerate(ring) if c is not None}
+            )
