@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from rlv3.events import (
     BaseDecision,
@@ -392,7 +393,7 @@ def test_timestamp_is_exact_to_the_microsecond(raw: object, ts_us: int) -> None:
 @given(st.integers(min_value=1, max_value=4_102_444_800_000_000))
 def test_epoch_seconds_as_float_survive_to_the_microsecond(ts_us: int) -> None:
     payload = json.dumps(TICK | {"timestamp": ts_us / 1e6}).encode()
-    event = decode(entry("market.tick", payload=payload)._replace(entry_id="4102444800000-0"))
+    event = decode(replace(entry("market.tick", payload=payload), entry_id="4102444800000-0"))
     assert isinstance(event, Tick)
     assert event.ts_us == ts_us
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from rlv3.config import RLv3Config
 from rlv3.env import TradingEnvV3
@@ -97,12 +98,12 @@ def test_features_of_the_fold_equal_the_bulk_path(make_policy: Callable[..., Pol
     for entry in history.entries([bars], signals=False, ticks_per_bar=ticks_per_bar, seed=5):
         entries.append(entry)
         if len(entries) % 50 == 0:
-            entries.append(entry._replace(entry_id=entry.entry_id + "1"))  # a duplicate
+            entries.append(replace(entry, entry_id=entry.entry_id + "1"))  # a duplicate
         if len(entries) % 70 == 0:
             old = entries[-30]
             late = old.fields[b"payload"].replace(b'"price": ', b'"price": 1')
             entries.append(
-                old._replace(entry_id=entry.entry_id + "2", fields={**old.fields, b"payload": late})
+                replace(old, entry_id=entry.entry_id + "2", fields={**old.fields, b"payload": late})
             )
     rows = {}
     while entries:
