@@ -102,13 +102,10 @@ class Account:
 
     def features(self) -> tuple[float, float, float, float]:
         """Return observation features 6 to 9: size, side, equity/balance, equity/balance - 1."""
-        quantity, balance = self.quantity, self.balance
-        if quantity == 0.0:
+        if self.quantity == 0.0:
             return 0.0, 0.0, 1.0, 0.0
-        equity = balance + quantity * (self.mark - self.entry_price)
-        ratio = equity / balance if balance > 0.0 else 1.0
-        exposure = abs(quantity * self.mark / equity) if equity > 0.0 else 0.0
-        return exposure, 1.0 if quantity > 0.0 else -1.0, ratio, ratio - 1.0
+        ratio = self.equity / self.balance if self.balance > 0.0 else 1.0
+        return abs(self.exposure), float(self.side), ratio, ratio - 1.0
 
     def mark_to(self, price: float, half_spread: float = 0.0) -> None:
         """Value the position at a price; keep the peak and the drawdown; apply the ruin rule."""

@@ -469,9 +469,9 @@ def _make_tick(
         volume = 0.0
     elif volume and buyer_is_maker is not None:
         side = -1 if buyer_is_maker else 1
-    bid = None if bid is None else _plausible(bid)
-    ask = None if ask is None else _plausible(ask)
-    return Tick(ref, symbol, ts_us, price, volume, bid, ask, side, synthetic)
+    return Tick(
+        ref, symbol, ts_us, price, volume, _plausible(bid), _plausible(ask), side, synthetic
+    )
 
 
 def _tick(ref: EntryRef, ts_us: int, body: _Body) -> Tick:

@@ -43,7 +43,6 @@ from shadow.records import (
     SCHEMA_VERSION,
     Commit,
     Entry,
-    Output,
     StreamId,
     parse_id,
 )
@@ -471,8 +470,8 @@ class Bus:
     async def history(self, event_type: str, newest_id: str, count: int) -> list[Entry]:
         """Return up to `count` entries of an input up to and including an id, oldest first.
 
-        In pages, so that no command holds Redis for long. It would look through a whole stream for
-        what is before its first entry.
+        In pages, so that no command holds Redis for long; Redis would look through a whole stream
+        for what is before its first entry.
         """
         key = self.keys.stream(event_type)
         rows: list[Any] = []
@@ -705,9 +704,7 @@ class Bus:
                 # a name that is not ours has no key: nothing else can ever be appended to
                 places[event_type] = place(self._outputs[event_type])
             envelopes += (event_type, trace_id, correlation_id)
-            payloads.append(payload)
-        if self._as_msgpack:
-            payloads = [_in_msgpack(output) for output in commit.outputs]
+            payloads.append(_in_msgpack(event_type, payload) if self._as_msgpack else payload)
         prefix = self.keys.state("")
         states: list[Any] = []
         added: list[Any] = []
@@ -913,10 +910,9 @@ _canonical = msgspec.json.Encoder(order="sorted").encode
 _pack = msgpack.Packer(use_bin_type=False).pack
 
 
-def _in_msgpack(output: Output) -> bytes:
+def _in_msgpack(event_type: str, payload: bytes) -> bytes:
     """Return a payload in msgpack, unless it is already or is a dead letter's."""
-    payload = output.payload
-    if payload[:1] != b"{" or output.event_type.startswith("dlq:"):
+    if payload[:1] != b"{" or event_type.startswith("dlq:"):
         return payload  # operators read dead letters with redis-cli
     return msgspec.msgpack.encode(msgspec.json.decode(payload))
 

@@ -498,6 +498,24 @@ def test_release_lets_ids_far_ahead_go_as_read() -> None:
     assert (held, ahead) == (1100, 2)
 
 
+@given(
+    few=st.lists(st.tuples(st.integers(0, 100), st.integers(1, 2)), max_size=4, unique=True),
+)
+def test_release_puts_a_few_entries_among_many_in_order(few) -> None:
+    """So few are put in one by one; more are sorted, as in the test below."""
+    names, at = (TICKS, SIGNALS, V2), {0: [(ms, 0) for ms in range(1, 100)], 1: [], 2: []}
+    for ms, rank in few:
+        at[rank].append((ms, 0))
+    found = [
+        (rank, names[rank], "x", rows(*(f"{ms}-{seq}" for ms, seq in sorted(ids_))))
+        for rank, ids_ in at.items()
+        if ids_
+    ]
+    expected = sorted((*id_, rank) for rank, ids_ in at.items() for id_ in ids_)
+    released = release(found, 10_000, 1_000)[0]
+    assert [(int(e.entry_id[:-2]), 0, names.index(e.stream)) for e in released] == expected
+
+
 ENTRY_IDS = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 2)), max_size=12, unique=True)
 
 
@@ -556,15 +574,21 @@ def test_reading_sent_ahead_is_what_a_reading_after_the_commit_would_have_been(
     asyncio.run(play())
 
 
-@pytest.mark.parametrize("two", [False, True])
-def test_answer_to_a_reading_sent_ahead_is_taken(redis_server, second_server, client, two) -> None:
+@contextlib.asynccontextmanager
+async def behind(client: Any, source: str, sink: str | None = None) -> AsyncIterator[Any]:
+    """Give a bus that has read two of four ticks, and that reading."""
     for n in range(1, 5):
         client.xadd(TICKS, BODY, id=f"{n}-0")
+    async with opened(source, sink) as bus:
+        await acquire(bus, "oldest")
+        yield bus, await bus.read(2)
 
+
+@pytest.mark.parametrize("two", [False, True])
+def test_answer_to_a_reading_sent_ahead_is_taken(redis_server, second_server, client, two) -> None:
     async def play() -> None:
-        async with opened(redis_server.url, second_server.url if two else None) as bus:
-            await acquire(bus, "oldest")
-            first = await bus.read(2)
+        sink = second_server.url if two else None
+        async with behind(client, redis_server.url, sink) as (bus, first):
             bus.ask(first.entries, 10)
             await asyncio.sleep(0.1)
             client.xadd(TICKS, BODY, id="5-0")  # too late for that answer
@@ -577,13 +601,8 @@ def test_answer_to_a_reading_sent_ahead_is_taken(redis_server, second_server, cl
 
 
 def test_answer_to_a_reading_sent_ahead_is_nobody_elses(redis_server, client) -> None:
-    for n in range(1, 5):
-        client.xadd(TICKS, BODY, id=f"{n}-0")
-
     async def play() -> None:
-        async with opened(redis_server.url) as bus:
-            await acquire(bus, "oldest")
-            first = await bus.read(2)
+        async with behind(client, redis_server.url) as (bus, first):
             bus.ask(first.entries, 2)
             await asyncio.sleep(0)  # sent, and not answered
             await acquire(bus)
@@ -598,13 +617,8 @@ def test_answer_to_a_reading_sent_ahead_is_nobody_elses(redis_server, client) ->
 
 
 def test_reading_sent_ahead_that_fails_is_told_to_who_reads(redis_server, client) -> None:
-    for n in range(1, 5):
-        client.xadd(TICKS, BODY, id=f"{n}-0")
-
     async def play() -> None:
-        async with opened(redis_server.url) as bus:
-            await acquire(bus, "oldest")
-            first = await bus.read(2)
+        async with behind(client, redis_server.url) as (bus, first):
             bus.ask(first.entries, 2)
             client.client_kill_filter(_type="normal", skipme=True)
             await asyncio.sleep(0.05)
