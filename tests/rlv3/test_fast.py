@@ -217,6 +217,7 @@ def test_cuda_is_chosen_where_it_is_there_and_pays(monkeypatch: pytest.MonkeyPat
         return choose_device(replace(RLv3Config(), **changes)).type
 
     large = {"batch_size": 2_048, "hidden_dim": 256}  # 2 GFLOP a minibatch
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [chosen(), chosen(**large)] == ["cpu", "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [chosen(), chosen(**large)] == ["cpu", "cuda"]  # the seed's recipe: 0.02 GFLOP
