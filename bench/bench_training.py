@@ -50,11 +50,10 @@ def env() -> TradingEnvV3:
     return TradingEnvV3(RECIPE, BARS, normaliser=Normaliser.identity())
 
 
-def ours(n_envs: int, threads: int, backend: str = "auto") -> Callable[[int], float]:
+def ours(config: RLv3Config, threads: int) -> Callable[[int], float]:
     """Return a function that trains so many updates and returns the seconds."""
     torch.set_num_threads(threads)
-    config = replace(RECIPE, n_envs=n_envs, backend=backend)
-    trainer = PPOTrainer(PPOAgent(config), replicate(env(), n_envs))
+    trainer = PPOTrainer(PPOAgent(config), replicate(env(), config.n_envs))
 
     def run(updates: int) -> float:
         torch.set_num_threads(threads)
@@ -123,11 +122,11 @@ def main() -> None:
     candidates: dict[str, tuple[Callable[[int], float], int]] = {}
     for n_envs in (1, 8, 32):
         candidates[f"rlv3 {n_envs} envs, {cores} threads"] = (
-            ours(n_envs, cores),
+            ours(replace(RECIPE, n_envs=n_envs), cores),
             arguments.updates,
         )
-    candidates["rlv3 8 envs, 1 thread"] = (ours(8, 1), arguments.updates)
-    candidates["rlv3 1 env, torch"] = (ours(1, 1, "torch"), 1)
+    candidates["rlv3 8 envs, 1 thread"] = (ours(replace(RECIPE, n_envs=8), 1), arguments.updates)
+    candidates["rlv3 1 env, torch"] = (ours(replace(RECIPE, backend="torch"), 1), 1)
     peers = {(n, t): theirs(n, t) for n in (1, 8) for t in sorted({1, cores})}
     for (n_envs, threads), run in peers.items():
         candidates[f"SB3 {n_envs} envs, {threads} threads"] = (run, 1)

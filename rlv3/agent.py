@@ -12,11 +12,11 @@ from rlv3.errors import ConfigError
 from rlv3.networks import PolicyNetwork, ValueNetwork
 from rlv3.scaling import ObsScale
 
-CUDA_PAYS_FLOP = 5e8
+CUDA_PAYS_FLOP = 1e9
 """Of a minibatch's passes through both networks: less is done on a CPU before CUDA's kernels start.
 
-A CPU core does some 50 GFLOP/s; starting the hundred or so small kernels of a step takes CUDA
-milliseconds, whatever they compute.
+Starting the hundred or so small kernels of a step takes CUDA some milliseconds, whatever they
+compute; `bench/bench_device.py` measures from where it pays.
 """
 MASKED = -1e9  # a logit that has probability 0 in float32, and a finite one times 0
 
@@ -121,6 +121,13 @@ class PPOAgent:
         return chosen, entropy, self.value(obs)
 
 
+def minibatch_flop(config: RLv3Config) -> int:
+    """Return the operations of a minibatch's passes through both networks, forward and back."""
+    width = config.hidden_dim
+    weights = 2 * width * (config.state_dim + width) + (config.action_dim + 1) * width
+    return 6 * config.batch_size * weights  # forward, and backward twice
+
+
 def choose_device(config: RLv3Config) -> torch.device:
     """Return the device of a configuration: auto takes CUDA where there is one and it pays.
 
@@ -132,8 +139,6 @@ def choose_device(config: RLv3Config) -> torch.device:
     found = torch.cuda.is_available()
     if config.device == "cuda" and not found:
         raise ConfigError("device cuda: expected a CUDA device that torch can use, found none")
-    width = config.hidden_dim
-    weights = 2 * width * (config.state_dim + width) + (config.action_dim + 1) * width
-    pays = 6 * config.batch_size * weights >= CUDA_PAYS_FLOP  # forward, and backward twice
+    pays = minibatch_flop(config) >= CUDA_PAYS_FLOP
     cuda = config.device == "cuda" or (config.device == "auto" and found and pays)
     return torch.device("cuda" if cuda else "cpu")
