@@ -34,7 +34,6 @@ from worker.tail import (
 
 FLUSH_S = 1.0
 FLUSH_ROWS = 16_384
-_BATCH = 4_096  # entries of each stream in one read: 4 MiB of decisions
 _BLOCK_MS = 250
 _TIDY_S = 60.0
 
@@ -90,7 +89,7 @@ class Collector:
     async def _follow(self, stop: asyncio.Event) -> None:
         try:
             await self._look_for_losses()
-            self._take(await read(self.link, self.cursors, _BATCH, self._block_ms()))
+            self._take(await read(self.link, self.cursors, self._block_ms()))
         except AWAY as error:
             await self._redis.failed(error, stop)
         else:
@@ -202,7 +201,7 @@ class Collector:
                 info = await stream_info(self.link, stream)
                 ends[stream] = ORIGIN if info is None else info["last-generated-id"].decode()
             while any(parse_id(self.cursors[name]) < parse_id(ends[name]) for name in ends):
-                if not self._take(await read(self.link, self.cursors, _BATCH)):
+                if not self._take(await read(self.link, self.cursors)):
                     break
                 if self.store.pending >= self.flush_rows:
                     await asyncio.to_thread(self.store.flush)

@@ -312,7 +312,7 @@ async def read_back(redis: Redis, keys: Keys, board: Board) -> None:
     takers = {keys.decisions: board.decide, keys.comparisons: board.compare}
     cursors: dict[str, str] = dict.fromkeys(takers, ORIGIN)
     while True:
-        for stream, found in await read(redis, cursors, 500, 250):
+        for stream, found in await read(redis, cursors, 250):
             name = stream.decode()
             for entry_id, fields in found:
                 takers[name](fields[b"payload"])

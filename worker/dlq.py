@@ -306,5 +306,10 @@ async def _append(sink: Redis, keys: Keys, plans: Sequence[Plan]) -> None:
 async def _waiting(sink: Redis, keys: Keys) -> int:
     """Return how many replays the worker has not read yet."""
     cursors = json.loads(cast("bytes | None", await sink.hget(keys.meta, "cursors")) or b"{}")
-    cursor = cursors.get(keys.replay, ORIGIN)
-    return len(cast("Any", await sink.xrange(keys.replay, min=f"({cursor}", count=KEPT + 1)))
+    waiting, cursor = 0, cursors.get(keys.replay, ORIGIN)
+    while True:
+        page = cast("Any", await sink.xrange(keys.replay, min=f"({cursor}", count=_PAGE))
+        waiting += len(page)
+        if len(page) < _PAGE:
+            return waiting
+        cursor = page[-1][0].decode()

@@ -21,6 +21,8 @@ from shadow.records import ORIGIN, parse_id
 from shadow.segments import write_durably
 from worker.keys import Keys
 
+COUNT = 256
+"""Entries of each stream asked for at a time: half a millisecond of Redis where they are ours."""
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 Reply = list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]
@@ -61,12 +63,10 @@ def stop_on_signals() -> asyncio.Event:
     return stop
 
 
-async def read(
-    link: Redis, cursors: Mapping[str, str], count: int, block_ms: int | None = None
-) -> Reply:
-    """Return what follows the cursors, at most `count` entries of each stream."""
+async def read(link: Redis, cursors: Mapping[str, str], block_ms: int | None = None) -> Reply:
+    """Return what follows the cursors, at most `COUNT` entries of each stream."""
     streams: dict[Any, Any] = dict(cursors)
-    return cast("Reply", await link.xread(streams, count=count, block=block_ms) or [])
+    return cast("Reply", await link.xread(streams, count=COUNT, block=block_ms) or [])
 
 
 async def stream_info(link: Redis, stream: str) -> dict[str, Any] | None:

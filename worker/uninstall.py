@@ -23,7 +23,7 @@ from worker.errors import CheckFailed
 from worker.keys import READABLE, Keys
 
 Chunk = list[tuple[bytes, dict[bytes, bytes]]]
-_CHUNK = 500
+_CHUNK = 256
 _BEAT_S = 10
 
 

@@ -262,6 +262,24 @@ def test_missed_counts_by_the_numbers_of_the_server() -> None:
     assert reborn == {"ordinal": 10}
 
 
+def test_a_backlog_is_read_a_few_hundred_entries_at_a_time(
+    server: RedisServer, link: redis.Redis, tmp_path: Path
+) -> None:
+    """Whoever asks for thousands keeps everybody else waiting for milliseconds."""
+    last = publish(link, range(1_000))[-1]
+    link.config_set("slowlog-log-slower-than", 0)
+    link.slowlog_reset()
+    try:
+        run_until(server, tmp_path, lambda: published(link) == last)
+    finally:
+        link.config_set("slowlog-log-slower-than", 10_000)
+    asked = [item["command"] for item in link.slowlog_get(10_000)]
+    readings = [command for command in asked if command.startswith(b"XREAD ")]
+    assert len(readings) >= 4
+    assert all(b" COUNT 256 " in command for command in readings)
+    assert stored(tmp_path) == expected(1_000)
+
+
 def test_unreadable_entries_are_parked_and_repeated_ones_dropped(
     server: RedisServer, link: redis.Redis, tmp_path: Path
 ) -> None:
