@@ -75,6 +75,8 @@ FEW = 16
 """One entry in so many is put among the others; more are sorted with them."""
 PAGE = 500
 """Entries of history asked for at a time."""
+STATES = 8
+"""Symbols' states asked for at a time: a full one has some 200 cells."""
 SINK_LOOK_S = 0.25
 """How often the sink is asked for replays where the source is another server."""
 REPLAYS_MAX = 2 * KEPT
@@ -152,6 +154,8 @@ class Start(NamedTuple):
     """The last owner did not stop in order: it was killed, it died, or it still lives."""
     suspect: tuple[str, int]
     """What was in hand alone when it ended, and how often it was so; see `Bus.suspect`."""
+    warming: bool
+    """The last owner ended in the middle of its warm-up: what is stored of it is of no use."""
 
 
 class Server(NamedTuple):
@@ -429,6 +433,7 @@ class Bus:
             frozen=meta.get(b"frozen", b"").decode(),
             unclean=reply[6] != b"",
             suspect=_suspect(meta),
+            warming=meta.get(b"warming") == b"1",
         )
 
     async def _stream_infos(self) -> dict[str, StreamInfo | None]:
@@ -455,16 +460,16 @@ class Bus:
         return infos
 
     async def _load_cells(self, symbols: Sequence[str]) -> dict[str, dict[str, bytes]]:
-        if not symbols:
-            return {}
-        replies = await self._sink.send(
-            *(("HGETALL", self.keys.state(symbol)) for symbol in symbols)
-        )
         cells: dict[str, dict[str, bytes]] = {}
-        for symbol, reply in zip(symbols, replies, strict=True):
-            if isinstance(reply, RedisError):
-                raise BusError(self._sink.url, reply) from reply
-            cells[symbol] = {name.decode(): cell for name, cell in _pairs(reply).items()}
+        for first in range(0, len(symbols), STATES):
+            few = symbols[first : first + STATES]
+            replies = await self._sink.send(
+                *(("HGETALL", self.keys.state(symbol)) for symbol in few)
+            )
+            for symbol, reply in zip(few, replies, strict=True):
+                if isinstance(reply, RedisError):
+                    raise BusError(self._sink.url, reply) from reply
+                cells[symbol] = {name.decode(): cell for name, cell in _pairs(reply).items()}
         return cells
 
     async def history(self, event_type: str, newest_id: str, count: int) -> list[Entry]:

@@ -24,7 +24,8 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from rlv3.errors import PolicyError
@@ -175,6 +176,7 @@ class Worker:
         self._meta = {
             "policy": policy.digest,
             "frozen": _frozen(self.settings, tables, config.inputs),
+            "warming": "",
         }
 
     def stop(self) -> None:
@@ -313,7 +315,7 @@ class Worker:
             await self._persist(self._committing(first, damaged))
         self.log.info(
             "WORKER_STARTED",
-            msg="continues" if start.seq else "first start",
+            msg="continues" if start.seq and not start.warming else "first start",
             epoch=start.epoch,
             run_id=self.pipeline.run_id,
             policy=self.policy.digest,
@@ -339,6 +341,8 @@ class Worker:
 
         All of it must: a cell that nothing writes over soon would be found at every start.
         """
+        if start.warming:
+            return []  # the warm-up is done again, and writes over what is stored
         own = []
         try:
             damaged = self.pipeline.restore(start.cells)
@@ -368,21 +372,29 @@ class Worker:
         elif start.frozen and self.pipeline.run_id:
             return self.pipeline.run([], now_ms=0.0) if start.added or damaged else None
         commit = self.pipeline.begin(self.bus.cursors)
-        return commit if start.cells else _joined(commit, await self._warm_up())
+        if not start.cells or start.warming:
+            meta = {"warming": "1"}  # until the run begins, with a commit of its own
+            for part in _in_parts(await self._warm_up(start.cells), self.settings.max_bytes // 2):
+                await self._persist(partial(self.bus.commit, part, meta=meta))
+        return commit
 
-    async def _warm_up(self) -> Commit:
-        """Fold retained candles, then ticks, up to the cursors: outside all counts."""
+    async def _warm_up(self, stored: Iterable[str]) -> Commit:
+        """Fold retained candles, then ticks, up to the cursors: outside all counts.
+
+        Args:
+            stored: symbols of a warm-up that was cut short, which all must be written over.
+        """
         entries: list[Entry] = []
         if self._alone and not await self._may_try(WARM_UP):
             self.log.error(
                 "WARM_UP_SKIPPED", msg="workers died of it; every symbol starts cold", deaths=TRIES
             )
-            return self.pipeline.warm_up(entries)
+            return self.pipeline.warm_up(entries, stored)
         for event_type in ("market.klines", "market.tick"):
             if event_type in self.config.inputs:
                 newest = self.bus.cursors[self.bus.keys.stream(event_type)]
                 entries += await self.bus.history(event_type, newest, HISTORY)
-        commit = self.pipeline.warm_up(entries)
+        commit = self.pipeline.warm_up(entries, stored)
         if self._alone:
             await self._survived(WARM_UP)
         return commit
@@ -779,18 +791,18 @@ class Worker:
         }
 
 
-def _joined(first: Commit, second: Commit) -> Commit:
-    """Return two commits as one; neither takes entries."""
-    cells = {symbol: dict(changed) for symbol, changed in first.cells.items()}
-    for symbol, changed in second.cells.items():
-        cells.setdefault(symbol, {}).update(changed)
-    return Commit(
-        first.outputs + second.outputs,
-        cells,
-        first.cursors | second.cursors,
-        first.counts | second.counts,
-        first.taken + second.taken,
-    )
+def _in_parts(commit: Commit, max_bytes: int) -> Iterator[Commit]:
+    """Yield a commit that has nothing but cells, some symbols at a time."""
+    cells: dict[str, dict[str, bytes]] = {}
+    size = 0
+    for symbol, changed in commit.cells.items():
+        cells[symbol] = changed
+        size += sum(map(len, changed.values()))
+        if size >= max_bytes:
+            yield commit._replace(cells=cells)
+            cells, size = {}, 0
+    if cells:
+        yield commit._replace(cells=cells)
 
 
 def _frozen(settings: Settings, tables: QTables | None, inputs: Sequence[str]) -> str:

@@ -356,6 +356,77 @@ def test_first_start_warms_up_from_candles_outside_all_counts(
     assert {row["warm"] for row in decisions(client)} == {True}
 
 
+def state(client: redis.Redis) -> dict[str, dict[bytes, bytes]]:
+    """Return what is stored of every symbol, and of the pipeline under ""."""
+    names = sorted(name.decode() for name in client.smembers(KEYS.symbols))
+    return {name: client.hgetall(KEYS.state(name)) for name in names}
+
+
+def test_a_warm_up_of_many_symbols_is_committed_in_parts_and_again_when_cut_short(
+    redis_server, client, policy_file, monkeypatch
+) -> None:
+    """One script for all would hold Redis for milliseconds; half a warm-up must not be served."""
+
+    def publish_history() -> None:
+        with client.pipeline(transaction=False) as pipe:
+            for n in range(450):
+                stream, fields, entry_id = tick(n, f"S{n % 150:03d}USDT")
+                pipe.xadd(stream, fields, id=entry_id)
+            pipe.execute()
+
+    async def start() -> list[int]:
+        """Start and stop in order; returns the bytes of cells of each commit before the run's."""
+        commit, sizes, begun = Bus.commit, [], []
+
+        async def measured(self: Bus, made: Any, **options: Any) -> str:
+            begun.extend([1] if "" in made.cells else [])
+            if not begun:
+                cells = [cell for changed in made.cells.values() for cell in changed.values()]
+                sizes.append(sum(map(len, cells)))
+            return await commit(self, made, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Bus, "commit", measured)
+            async with working(redis_server.url, policy_file, start="new") as (_, out):
+                await met(lambda: "WORKER_STARTED" in out.getvalue())
+                assert "first start" in out.getvalue()
+        return sizes
+
+    async def start_and_die() -> None:
+        """Start and end after two commits."""
+        commit, made = Bus.commit, []
+
+        async def dying(self: Bus, *args: Any, **options: Any) -> str:
+            if len(made) == 2:
+                raise MemoryError("as good as a kill")
+            made.append(await commit(self, *args, **options))
+            return made[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Bus, "commit", dying)
+            async with working(redis_server.url, policy_file, start="new"):
+                await met(lambda: len(made) == 2)
+                await asyncio.sleep(0.1)
+
+    publish_history()
+    parts = asyncio.run(start())
+    whole = state(client)
+    assert len(whole) == 151
+    assert len(parts) > 2
+    assert min(parts) > 0
+    assert max(parts) < 40_000
+    client.flushall()
+    publish_history()
+    with pytest.raises(MemoryError):
+        asyncio.run(start_and_die())
+    cut = state(client)
+    assert 0 < len(cut) < 151
+    assert "" not in cut
+    client.hset(KEYS.state("S000USDT"), "open", "what nobody must read")
+    asyncio.run(start())
+    assert state(client) == whole
+
+
 def test_another_policy_at_restart_begins_a_new_run(
     redis_server, client, policy_file, other_policy_file
 ) -> None:
