@@ -12,7 +12,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ import msgpack
 import numpy as np
 import pytest
 import redis
+import redis.asyncio
 
 from rlv3.errors import DataError, UserError
 from rlv3.events import ACTION_TABLE
@@ -31,7 +32,7 @@ from rlv3.policy import Policy, shipped_policy
 from shadow.backtest import backtest
 from shadow.explain import explain
 from shadow.recording import Reading, load_snapshot
-from shadow.records import LedgerRow, decode_comparison, decode_decision
+from shadow.records import Commit, LedgerRow, decode_comparison, decode_decision
 from shadow.risk import RiskLimits
 from shadow.segments import list_segments, read_position
 from shadow.store import StoreReader
@@ -39,11 +40,12 @@ from shadow.symbol import pack, unpack
 from tests.worker.conftest import met, serving
 from worker.artifact import load_policy
 from worker.audit import Audit, audit, show
+from worker.bus import Bus
 from worker.config import WorkerConfig
 from worker.embedded import RedisServer, leashed
 from worker.errors import CheckFailed
 from worker.keys import Keys
-from worker.recorder import Keep, _drop_parts, record
+from worker.recorder import Keep, _drop_parts, record, take_snapshot
 from worker.service import Worker
 
 KEYS = Keys()
@@ -673,6 +675,70 @@ def test_a_whole_recording_is_not_continued_in_parts(tmp_path: Path, server: Red
     (tmp_path / "snapshot.msgpack").write_bytes(b"")
     with pytest.raises(DataError, match="expected a directory for parts"):
         asyncio.run(record(server.url, server.url, "quantum", tmp_path, keep=Keep(gb=1.0)))
+
+
+class Overtaken(redis.asyncio.Redis):
+    """A client after each of whose first readings, but those at one moment, somebody commits."""
+
+    commit: Callable[[], Awaitable[None]]
+    commits = 0
+    moments = 0
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Any:
+        pipe = super().pipeline(transaction, shard_hint)
+        execute = pipe.execute
+
+        async def read_and_commit() -> Any:
+            found = await execute()
+            if transaction:
+                self.moments += 1
+            elif self.commits:
+                self.commits -= 1
+                await self.commit()
+            return found
+
+        pipe.execute = read_and_commit
+        return pipe
+
+
+@pytest.mark.parametrize(
+    ("commits", "moments"),
+    [
+        (0, 1),
+        (1, 2),  # the second look finds what it was told
+        (10_000, 5 + 2),  # no look does: all at one moment, which first must know the symbols
+    ],
+)
+def test_a_snapshot_is_of_one_commit_however_many_come_meanwhile(
+    server: RedisServer, commits: int, moments: int
+) -> None:
+    symbols = [f"S{n:02d}USDT" for n in range(40)]
+
+    async def play() -> None:
+        bus = Bus(server.url, server.url, KEYS, ("market.tick",))
+        await bus.connect()
+        await bus.acquire(start="oldest", on_gap="fail", owner="test")
+        meta = {"policy": "p", "frozen": json.dumps({"inputs": ["market.tick"]})}
+
+        async def commit() -> None:
+            number = b"%d" % (bus.seq + 1)
+            cells = {symbol: {"open": number} for symbol in symbols}
+            await bus.commit(Commit([], cells, {}, {}, 0), meta=meta)
+
+        try:
+            async with Overtaken.from_url(server.url) as link:
+                assert await take_snapshot(link, KEYS) is None
+                await commit()
+                link.commit, link.commits, link.moments = commit, commits, 0
+                found = await take_snapshot(link, KEYS)
+        finally:
+            await bus.close()
+        assert found is not None
+        number = b"%d" % json.loads(found.meta["cursors"])["seq"]
+        assert found.cells == {symbol: {"open": number} for symbol in symbols}
+        assert link.moments == moments
+
+    asyncio.run(play())
 
 
 def test_binary_fields_survive(server: RedisServer, lively_policy: Path, tmp_path: Path) -> None:
