@@ -12,6 +12,7 @@ up (`bench/load.py`). Figures are printed as they come, misses included.
     start       exec to the first decision without and with state; memory at 200 symbols
     audit       how fast a recording is proved
     memory      over a million events at 30, 200 and 1,000 symbols: minutes, so only when named
+    held        how long a script, and the longest command of each program, holds Redis
     pauses      how often the machine itself stops a program that waits for nothing
 
     python bench/bench_worker.py [PART ...] [--events N] [--symbols N ...] [--form json|msgpack ...]
@@ -34,7 +35,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,17 @@ CALM = {
     "slowlog-log-slower-than": "1000",
     "slowlog-max-len": str(SLOWLOG),
 }
-ESSENTIAL = ("throughput", "steps", "peers", "latency", "bus", "recovery", "start", "pauses")
+ESSENTIAL = (
+    "throughput", "steps", "peers", "latency", "bus", "recovery", "start", "held", "pauses",
+)  # fmt: skip
 RATES = (500, 2_000, 10_000)
 PAIRS = 5
+PEER_ROUNDS = 5
 WINDOW_S = 3.0
 DRAIN_LOOK_S = 0.02
 PAUSES_S = 6.0
+OTHERS_S = 4.0
+HELD_US = 50
 PEER_OUTPUT = KEYS.stream("peer.decision")
 TICKS = b"n:market.tick:decided"
 
@@ -227,22 +233,29 @@ def peers(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("faststream") is None or importlib.util.find_spec("torch") is None:
         print("peers      not run: pip install '.[bench]'")
         return
-    symbols, rates = 30, {}
-    for name, events in (("loop", args.events // 10), ("faststream", args.events // 10)):
+    symbols = 30
+    script = str(HERE / "worker_peers.py")
+    rates: dict[str, list[float]] = {"loop": [], "faststream": [], "worker": []}
+    for _ in range(PEER_ROUNDS):  # in turn, so that a slow minute hits all alike
+        for name in ("loop", "faststream"):
+            with bench_redis() as (server, link):
+                ticks = publish(link, load.entries(args.events // 10, symbols, signal_every=0))
+                with program(sys.executable, script, name, server.url) as process:
+                    found = drain(process, server, lambda: link.xlen(PEER_OUTPUT), ticks)
+            rates[name].append(found["rate"])
         with bench_redis() as (server, link):
-            ticks = publish(link, load.entries(events, symbols, signal_every=0))
-            script = str(HERE / "worker_peers.py")
-            with program(sys.executable, script, name, server.url) as process:
-                found = drain(process, server, lambda: link.xlen(PEER_OUTPUT), ticks)
-                rates[name] = found["rate"]
-    with bench_redis() as (server, link):
-        publish(link, load.warm_up(symbols))
-        ticks = publish(link, load.entries(args.events, symbols)) + symbols * load.WARM_BARS
-        with worker(server.url) as process:
-            ours = drain(process, server, lambda: decided(link), ticks)["rate"]
-    for name, rate in rates.items():
+            publish(link, load.warm_up(symbols))
+            ticks = publish(link, load.entries(args.events, symbols)) + symbols * load.WARM_BARS
+            with worker(server.url) as process:
+                found = drain(process, server, lambda: decided(link), ticks)
+        rates["worker"].append(found["rate"])
+    print(f"peers      worker      {statistics.median(rates['worker']):>9,.0f} events/s")
+    for name in ("loop", "faststream"):
+        ratios = [ours / rate for ours, rate in zip(rates["worker"], rates[name], strict=True)]
+        shown = ", ".join(f"{ratio:.1f}" for ratio in ratios)
         print(
-            f"peers      {name:<12}{rate:>9,.0f} events/s   worker {ours / rate:.1f} times as many"
+            f"peers      {name:<12}{statistics.median(rates[name]):>9,.0f} events/s   "
+            f"worker {statistics.median(ratios):.1f} times as many ({shown})"
         )
 
 
@@ -614,6 +627,92 @@ def memory(args: argparse.Namespace) -> None:
             )
 
 
+class _Held:
+    """While it is entered: how long every script and every larger command held Redis."""
+
+    def __init__(self, link: redis.Redis) -> None:
+        self._link = link
+        self.ms: list[tuple[bytes, float]] = []
+        """Command, shortened, and milliseconds, in order."""
+
+    def __enter__(self) -> _Held:
+        self._link.config_set("slowlog-log-slower-than", HELD_US)
+        self._link.slowlog_reset()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        found = self._link.slowlog_get(SLOWLOG)
+        assert len(found) < SLOWLOG  # type: ignore[arg-type]
+        self.ms = [(item["command"], item["duration"] / 1e3) for item in reversed(found)]  # type: ignore[union-attr, arg-type]
+
+    def of(self, start: bytes) -> list[float]:
+        """Return the milliseconds of the commands that begin so."""
+        return [ms for command, ms in self.ms if command.startswith(start)]
+
+
+def held(args: argparse.Namespace) -> None:
+    """Time each script and reading in runs that are the same, then what other programs ask.
+
+    What stops the machine for a moment hits another script each time: a script's own time is its
+    median over the runs.
+    """
+    scripts, readings = [], []
+    for _ in range(args.rounds):
+        with bench_redis() as (server, link):
+            publish(link, load.warm_up(30))
+            ticks = publish(link, load.entries(args.events, 30)) + 30 * load.WARM_BARS
+            with _Held(link) as found, worker(server.url) as process:
+                drain(process, server, lambda: decided(link), ticks)
+            shas = [command.split()[1] for command, _ in found.ms if command[:8] == b"EVALSHA "]
+            scripts.append(found.of(b"EVALSHA " + statistics.mode(shas)))
+            readings.append(found.of(b"XREAD "))
+    for what, runs in (("scripts of a drain", scripts), ("readings of a drain", readings)):
+        own = [statistics.median(same) for same in zip(*runs, strict=False)]
+        over = ", ".join(str(sum(ms > 1.0 for ms in run)) for run in runs)
+        print(
+            f"held       {what}: {len(own):,}, each one's median of {len(runs)} runs at most "
+            f"{max(own):.2f} ms; over 1 ms in each run: {over}"
+        )
+    _others_hold(args)
+
+
+def _others_hold(args: argparse.Namespace) -> None:
+    """Let every program meet 200 symbols' state and a backlog that nobody has collected."""
+    symbols = 200
+    with bench_redis() as (server, link), tempfile.TemporaryDirectory() as folder:
+
+        def longest(*command: str) -> tuple[float, str]:
+            with _Held(link) as found:
+                words = (sys.executable, "-m", "worker.cli", *command, "--redis-url", server.url)
+                with program(*words) as process:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(OTHERS_S)
+                    process.terminate()
+                    process.wait(PATIENCE_S)
+            commands = ((ms, command.split()[0].decode()) for command, ms in found.ms)
+            return max(commands, default=(HELD_US / 1e3, "or less"))
+
+        publish(link, load.warm_up(symbols))
+        times = {"run, first": [longest("run")]}
+        ticks = publish(link, load.entries(args.events, symbols))
+        with worker(server.url) as process:
+            until(process, lambda: decided(link) >= ticks, DRAIN_LOOK_S)
+            process.terminate()
+            process.wait(PATIENCE_S)
+        for n in range(3):
+            for name, *command in (
+                ("run, again", "run"),
+                ("collect", "collect", "--store", f"{folder}/store-{n}"),
+                ("record", "record", "--out", f"{folder}/recording-{n}"),
+                ("dlq list", "dlq", "list"),
+                ("uninstall", "uninstall", "--dry-run"),
+            ):
+                times.setdefault(name, []).append(longest(*command))
+        for name, found in times.items():
+            ms, what = statistics.median_low(found)
+            print(f"held       {name}: longest command {ms:.2f} ms, {what}")
+
+
 def _stopped_ms(seconds: float) -> list[float]:
     """Look at the clock for so long; returns how long it was kept from that, in ms."""
     gaps, last = [], time.perf_counter()
@@ -639,7 +738,19 @@ def pauses(_: argparse.Namespace) -> None:
 
 PARTS = {
     part.__name__: part
-    for part in (throughput, steps, peers, latency, bus, recovery, start, audit, memory, pauses)
+    for part in (
+        throughput,
+        steps,
+        peers,
+        latency,
+        bus,
+        recovery,
+        start,
+        audit,
+        memory,
+        held,
+        pauses,
+    )
 }
 
 
