@@ -136,6 +136,8 @@ def _cells(
 def _is_complete(snapshot: Snapshot, keys: Keys) -> bool:
     if not {"cursors", "frozen", "policy"} <= set(snapshot.meta):
         return False
+    if snapshot.meta.get("warming") == b"1":
+        return False  # states may be missing
     cursors = snapshot.cursors
     return all(keys.stream(name) in cursors for name in snapshot.inputs)
 

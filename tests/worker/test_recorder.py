@@ -729,6 +729,9 @@ def test_a_snapshot_is_of_one_commit_however_many_come_meanwhile(
             async with Overtaken.from_url(server.url) as link:
                 assert await take_snapshot(link, KEYS) is None
                 await commit()
+                await link.hset(KEYS.meta, "warming", "1")
+                assert await take_snapshot(link, KEYS) is None
+                await link.hdel(KEYS.meta, "warming")
                 link.commit, link.commits, link.moments = commit, commits, 0
                 found = await take_snapshot(link, KEYS)
         finally:
