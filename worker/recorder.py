@@ -59,6 +59,7 @@ FLUSH_BYTES = 32 << 20
 _PARTS = 4
 """What is kept, in parts; so that dropping one drops no more than a quarter of it."""
 _LOOKS = 5
+"""So often a state is read a few symbols at a time before it is read all at once."""
 _POLL_S = 0.1
 _TIDY_S = 60.0
 
@@ -82,8 +83,8 @@ class Keep(NamedTuple):
 async def take_snapshot(link: Redis, keys: Keys) -> Snapshot | None:
     """Read the worker's whole state as one commit left it; None while it has not committed yet.
 
-    A few symbols at a time, so that Redis is not held; all at once, some ten milliseconds for 200
-    symbols, only where every look was overtaken by a commit.
+    A few symbols at a time, so that Redis is not held. Where commits overtake every such look, as
+    with 200 symbols or many ticks a second, all at once: that holds Redis for some milliseconds.
     """
     for _ in range(_LOOKS):
         snapshot, symbols = await _look(link, keys, ())
@@ -100,13 +101,15 @@ async def take_snapshot(link: Redis, keys: Keys) -> Snapshot | None:
     known: list[str] = []
     while True:
         snapshot, symbols = await _look(link, keys, known)
+        if not _is_complete(snapshot, keys):
+            return None
         if symbols == known:
             return snapshot
         known = symbols
 
 
 async def _look(link: Redis, keys: Keys, known: Sequence[str]) -> tuple[Snapshot, list[str]]:
-    """Return at one moment meta, the ends of our streams, known symbols' cells; and all symbols."""
+    """Return all symbols, and a snapshot with the cells of those known; read at one moment."""
     async with link.pipeline(transaction=True) as batch:
         batch.hgetall(keys.meta)
         batch.smembers(keys.symbols)

@@ -22,7 +22,7 @@ from shadow.segments import write_durably
 from worker.keys import Keys
 
 COUNT = 256
-"""Entries of each stream asked for at a time: half a millisecond of Redis where they are ours."""
+"""Entries of each stream asked for at a time: less than a millisecond of Redis."""
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 Reply = list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]

@@ -744,6 +744,31 @@ def test_a_snapshot_is_of_one_commit_however_many_come_meanwhile(
     asyncio.run(play())
 
 
+def test_a_state_that_vanishes_while_it_is_read_is_none(server: RedisServer) -> None:
+    async def play() -> None:
+        bus = Bus(server.url, server.url, KEYS, ("market.tick",))
+        await bus.connect()
+        await bus.acquire(start="oldest", on_gap="fail", owner="test")
+        meta = {"policy": "p", "frozen": json.dumps({"inputs": ["market.tick"]})}
+
+        async def commit_or_flush() -> None:
+            if link.commits == 0:
+                await link.flushall()
+            else:
+                await bus.commit(Commit([], {"A": {"open": b"1"}}, {}, {}, 0), meta=meta)
+
+        try:
+            async with Overtaken.from_url(server.url) as link:
+                link.commit = commit_or_flush
+                await bus.commit(Commit([], {"A": {"open": b"1"}}, {}, {}, 0), meta=meta)
+                link.commits = 5
+                assert await take_snapshot(link, KEYS) is None
+        finally:
+            await bus.close()
+
+    asyncio.run(play())
+
+
 def test_binary_fields_survive(server: RedisServer, lively_policy: Path, tmp_path: Path) -> None:
     config = config_of(server, lively_policy)
     odd = {b"\x00\xff": b"\xfe\x00", b"payload": bytes(range(256)), "ключ".encode(): b""}
