@@ -324,15 +324,8 @@ class Pipeline:
             self._ledger("corrupt_state", self._ledger_minute, tuple(damaged))
         return damaged
 
-    def warm_up(self, entries: Iterable[Entry], symbols: Iterable[str] = ()) -> Commit:
-        """Fold history into the market state only: nothing is decided, paired or counted.
-
-        Args:
-            entries: in order.
-            symbols: have a state afterwards, a cold one where no entry is theirs.
-        """
-        for symbol in symbols:
-            self._touch(self._symbol(symbol))
+    def warm_up(self, entries: Iterable[Entry]) -> Commit:
+        """Fold history into the market state only: nothing is decided, paired or counted."""
         for entry in entries:
             event = codec.decode(entry)
             if isinstance(event, Kline) and event.interval == self._interval:

@@ -11,6 +11,22 @@ local cursors = redis.call('HGET', KEYS[1], 'cursors')
 local symbols = redis.call('SMEMBERS', KEYS[2])
 local gap = ''
 
+-- The state of the symbol '' is the run's own: others without it, while a warm-up was on its way or
+-- before anything was put out, are of a warm-up that was cut short. It is done again.
+local own = false
+for _, symbol in ipairs(symbols) do
+  own = own or symbol == ''
+end
+if #symbols > 0 and not own and (redis.call('HGET', KEYS[1], 'warming') == '1'
+    or not cursors and redis.call('EXISTS', KEYS[3], KEYS[4]) == 0) then
+  for _, symbol in ipairs(symbols) do
+    redis.call('DEL', ARGV[5] .. symbol)
+    redis.call('SREM', KEYS[2], symbol)
+  end
+  redis.call('HSET', KEYS[1], 'symbols', 0)
+  symbols = {}
+end
+
 local gone = {}
 if not cursors then
   if redis.call('EXISTS', KEYS[3], KEYS[4], KEYS[2]) > 0 then

@@ -154,8 +154,6 @@ class Start(NamedTuple):
     """The last owner did not stop in order: it was killed, it died, or it still lives."""
     suspect: tuple[str, int]
     """What was in hand alone when it ended, and how often it was so; see `Bus.suspect`."""
-    warming: bool
-    """The last owner ended in the middle of its warm-up: what is stored of it is of no use."""
 
 
 class Server(NamedTuple):
@@ -433,7 +431,6 @@ class Bus:
             frozen=meta.get(b"frozen", b"").decode(),
             unclean=reply[6] != b"",
             suspect=_suspect(meta),
-            warming=meta.get(b"warming") == b"1",
         )
 
     async def _stream_infos(self) -> dict[str, StreamInfo | None]:

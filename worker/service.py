@@ -24,7 +24,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -62,6 +62,8 @@ READ_COUNT = 512
 """Entries asked of each stream at a time: below a millisecond of Redis; conflation sees as many."""
 HISTORY = 10_000
 """Entries of klines, then of ticks, that warm up a first start: all that production retains."""
+PART_BYTES = 32_768
+"""Of a warm-up's cells in a commit, about: new symbols take Redis longer than known ones."""
 BEAT_S = 3.0
 TRIM_S = 1.0
 TRIM_OUTPUTS = 1_500
@@ -315,7 +317,7 @@ class Worker:
             await self._persist(self._committing(first, damaged))
         self.log.info(
             "WORKER_STARTED",
-            msg="continues" if start.seq and not start.warming else "first start",
+            msg="continues" if start.frozen else "first start",
             epoch=start.epoch,
             run_id=self.pipeline.run_id,
             policy=self.policy.digest,
@@ -341,8 +343,6 @@ class Worker:
 
         All of it must: a cell that nothing writes over soon would be found at every start.
         """
-        if start.warming:
-            return []  # the warm-up is done again, and writes over what is stored
         own = []
         try:
             damaged = self.pipeline.restore(start.cells)
@@ -372,29 +372,25 @@ class Worker:
         elif start.frozen and self.pipeline.run_id:
             return self.pipeline.run([], now_ms=0.0) if start.added or damaged else None
         commit = self.pipeline.begin(self.bus.cursors)
-        if not start.cells or start.warming:
+        if not start.cells:
             meta = {"warming": "1"}  # until the run begins, with a commit of its own
-            for part in _in_parts(await self._warm_up(start.cells), self.settings.max_bytes // 2):
+            for part in _in_parts(await self._warm_up()):
                 await self._persist(partial(self.bus.commit, part, meta=meta))
         return commit
 
-    async def _warm_up(self, stored: Iterable[str]) -> Commit:
-        """Fold retained candles, then ticks, up to the cursors: outside all counts.
-
-        Args:
-            stored: symbols of a warm-up that was cut short, which all must be written over.
-        """
+    async def _warm_up(self) -> Commit:
+        """Fold retained candles, then ticks, up to the cursors: outside all counts."""
         entries: list[Entry] = []
         if self._alone and not await self._may_try(WARM_UP):
             self.log.error(
                 "WARM_UP_SKIPPED", msg="workers died of it; every symbol starts cold", deaths=TRIES
             )
-            return self.pipeline.warm_up(entries, stored)
+            return self.pipeline.warm_up(entries)
         for event_type in ("market.klines", "market.tick"):
             if event_type in self.config.inputs:
                 newest = self.bus.cursors[self.bus.keys.stream(event_type)]
                 entries += await self.bus.history(event_type, newest, HISTORY)
-        commit = self.pipeline.warm_up(entries, stored)
+        commit = self.pipeline.warm_up(entries)
         if self._alone:
             await self._survived(WARM_UP)
         return commit
@@ -594,11 +590,8 @@ class Worker:
                 log_comparison(self.log, row)
 
     async def _tend(self) -> None:
-        """Renew the heartbeat key, trim our streams, write the minute's line: what is due."""
+        """Trim our streams, renew the heartbeat key, write the minute's line: what is due."""
         now = time.monotonic()
-        if now - self._beat_at >= BEAT_S:
-            self._beat_at = now
-            await self._persist(self.bus.beat, "beat")
         if now - self._trimmed_at >= TRIM_S or self._outputs_since_trim >= TRIM_OUTPUTS:
             self._trimmed_at, self._outputs_since_trim = now, 0
             dropped = await self._persist(self.bus.trim, "trim")
@@ -609,6 +602,9 @@ class Worker:
                     msg="the hard cap removed entries that no collector had stored",
                     entries=dropped,
                 )
+        if now - self._beat_at >= BEAT_S:  # after trimming, which finds out when our state is gone
+            self._beat_at = now
+            await self._persist(self.bus.beat, "beat")
         if now - self._line_at >= HEARTBEAT_LINE_S:
             self._line_at = now
             self._log_heartbeat()
@@ -791,14 +787,14 @@ class Worker:
         }
 
 
-def _in_parts(commit: Commit, max_bytes: int) -> Iterator[Commit]:
+def _in_parts(commit: Commit) -> Iterator[Commit]:
     """Yield a commit that has nothing but cells, some symbols at a time."""
     cells: dict[str, dict[str, bytes]] = {}
     size = 0
     for symbol, changed in commit.cells.items():
         cells[symbol] = changed
         size += sum(map(len, changed.values()))
-        if size >= max_bytes:
+        if size >= PART_BYTES:
             yield commit._replace(cells=cells)
             cells, size = {}, 0
     if cells:

@@ -392,12 +392,12 @@ def test_a_warm_up_of_many_symbols_is_committed_in_parts_and_again_when_cut_shor
                 assert "first start" in out.getvalue()
         return sizes
 
-    async def start_and_die() -> None:
-        """Start and end after two commits."""
+    async def start_and_die(commits: int) -> None:
+        """Start and end after so many commits."""
         commit, made = Bus.commit, []
 
         async def dying(self: Bus, *args: Any, **options: Any) -> str:
-            if len(made) == 2:
+            if len(made) == commits:
                 raise MemoryError("as good as a kill")
             made.append(await commit(self, *args, **options))
             return made[-1]
@@ -405,7 +405,7 @@ def test_a_warm_up_of_many_symbols_is_committed_in_parts_and_again_when_cut_shor
         with monkeypatch.context() as patch:
             patch.setattr(Bus, "commit", dying)
             async with working(redis_server.url, policy_file, start="new"):
-                await met(lambda: len(made) == 2)
+                await met(lambda: len(made) == commits)
                 await asyncio.sleep(0.1)
 
     publish_history()
@@ -415,16 +415,28 @@ def test_a_warm_up_of_many_symbols_is_committed_in_parts_and_again_when_cut_shor
     assert len(parts) > 2
     assert min(parts) > 0
     assert max(parts) < 40_000
+    for commits in (1, len(parts)):  # the last: only the run's own commit is missing
+        for evicted in (False, True):  # meta as well, before the next start
+            client.flushall()
+            publish_history()
+            with pytest.raises(MemoryError):
+                asyncio.run(start_and_die(commits))
+            cut = state(client)
+            assert 0 < len(cut) < 151
+            assert "" not in cut
+            if evicted:
+                client.delete(KEYS.meta)
+            asyncio.run(start())
+            assert state(client) == whole
     client.flushall()
     publish_history()
     with pytest.raises(MemoryError):
-        asyncio.run(start_and_die())
-    cut = state(client)
-    assert 0 < len(cut) < 151
-    assert "" not in cut
-    client.hset(KEYS.state("S000USDT"), "open", "what nobody must read")
+        asyncio.run(start_and_die(1))
+    stored = [name for name in state(client) if name]
+    client.xtrim(TICKS, maxlen=0, approximate=False)
     asyncio.run(start())
-    assert state(client) == whole
+    assert stored
+    assert set(state(client)) == {""}, "what nothing says any more is not kept"
 
 
 def test_another_policy_at_restart_begins_a_new_run(
@@ -590,8 +602,10 @@ def test_state_lost_while_redis_refuses_everything_is_waited_out(
 
     async def play() -> None:
         publish(client, 0, 50)
-        async with working(redis_server.url, policy_file) as (_, out):
+        async with working(redis_server.url, policy_file) as (worker, out):
             await settled(client, 51)
+            # Redis refuses a reading as well then: who is not waiting cannot find its state gone
+            await met(lambda: worker.progress.step == "wait")
             try:
                 with client.pipeline(transaction=True) as at_once:
                     at_once.flushall()
