@@ -22,8 +22,8 @@ from bench.bench_training import RECIPE, ours
 from rlv3.agent import CUDA_PAYS_FLOP, minibatch_flop
 
 SIZES = (
-    "128x64", "128x512", "256x64", "256x512", "256x2048", "512x64", "512x512", "512x2048",
-    "1024x64", "1024x512", "1024x2048",
+    "128x64", "128x512", "256x64", "256x512", "256x1024", "256x2048", "512x64", "512x256",
+    "512x512", "512x2048", "1024x512",
 )  # fmt: skip
 
 

@@ -221,5 +221,6 @@ def test_cuda_is_chosen_where_it_is_there_and_pays(monkeypatch: pytest.MonkeyPat
     assert [chosen(), chosen(**large)] == ["cpu", "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [chosen(), chosen(**large)] == ["cpu", "cuda"]  # the seed's recipe: 0.02 GFLOP
+    assert chosen(batch_size=512, hidden_dim=256) == "cpu"  # 0.51
     assert chosen(device="cuda") == "cuda"
     assert chosen(device="cpu", **large) == "cpu"
