@@ -731,7 +731,7 @@ def test_a_snapshot_is_of_one_commit_however_many_come_meanwhile(
                 await commit()
                 await link.hset(KEYS.meta, "warming", "1")
                 assert await take_snapshot(link, KEYS) is None
-                await link.hdel(KEYS.meta, "warming")
+                await link.hset(KEYS.meta, "warming", "")
                 link.commit, link.commits, link.moments = commit, commits, 0
                 found = await take_snapshot(link, KEYS)
         finally:
@@ -753,7 +753,8 @@ def test_a_state_that_vanishes_while_it_is_read_is_none(server: RedisServer) -> 
 
         async def commit_or_flush() -> None:
             if link.commits == 0:
-                await link.flushall()
+                with redis.Redis.from_url(server.url) as operator:
+                    operator.flushall()
             else:
                 await bus.commit(Commit([], {"A": {"open": b"1"}}, {}, {}, 0), meta=meta)
 
