@@ -45,8 +45,9 @@ METHODS = {name.lower() for name in WRITING} - PYTHONS | {
 }  # fmt: skip
 PLACES = {
     ("acquire.lua", "HINCRBY"): 1,  # epoch
-    ("acquire.lua", "HSET"): 3,  # owner, number of symbols, cursors
-    ("acquire.lua", "SREM"): 1,
+    ("acquire.lua", "HSET"): 4,  # owner, number of symbols (twice), cursors
+    ("acquire.lua", "SREM"): 2,
+    ("acquire.lua", "DEL"): 1,  # what a warm-up that was cut short left behind
     ("commit.lua", "XADD"): 1,  # the one publisher: KEYS, of `Bus._outputs`
     ("commit.lua", "DEL"): 2,  # damaged and orphaned state
     ("commit.lua", "SADD"): 1,
