@@ -83,8 +83,8 @@ class Keep(NamedTuple):
 async def take_snapshot(link: Redis, keys: Keys) -> Snapshot | None:
     """Read the worker's whole state as one commit left it; None while it has not committed yet.
 
-    A few symbols at a time, so that Redis is not held. Where commits overtake every such look, as
-    with 200 symbols or many ticks a second, all at once: that holds Redis for some milliseconds.
+    A few symbols at a time, so that Redis is not held; all at once where commits overtake every
+    such look, as they do beside a busy worker with many symbols.
     """
     for _ in range(_LOOKS):
         snapshot, symbols = await _look(link, keys, ())

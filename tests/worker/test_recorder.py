@@ -40,12 +40,12 @@ from shadow.symbol import pack, unpack
 from tests.worker.conftest import met, serving
 from worker.artifact import load_policy
 from worker.audit import Audit, audit, show
-from worker.bus import Bus
+from worker.bus import STATES, Bus
 from worker.config import WorkerConfig
 from worker.embedded import RedisServer, leashed
 from worker.errors import CheckFailed
 from worker.keys import Keys
-from worker.recorder import Keep, _drop_parts, record, take_snapshot
+from worker.recorder import _LOOKS, Keep, _drop_parts, record, take_snapshot
 from worker.service import Worker
 
 KEYS = Keys()
@@ -677,6 +677,29 @@ def test_a_whole_recording_is_not_continued_in_parts(tmp_path: Path, server: Red
         asyncio.run(record(server.url, server.url, "quantum", tmp_path, keep=Keep(gb=1.0)))
 
 
+MANY = [f"S{n:02d}USDT" for n in range(40)]
+MANY_LOOK = range(0, len(MANY), STATES)
+"""Readings of a few symbols in a look at all of them."""
+
+
+@asynccontextmanager
+async def owning(server: RedisServer) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Own the state; gives what commits a cell of each of `MANY` with the commit's number."""
+    bus = Bus(server.url, server.url, KEYS, ("market.tick",))
+    meta = {"policy": "p", "frozen": json.dumps({"inputs": ["market.tick"]})}
+
+    async def commit() -> None:
+        cells = {symbol: {"open": b"%d" % (bus.seq + 1)} for symbol in MANY}
+        await bus.commit(Commit([], cells, {}, {}, 0), meta=meta)
+
+    await bus.connect()
+    try:
+        await bus.acquire(start="oldest", on_gap="fail", owner="test")
+        yield commit
+    finally:
+        await bus.close()
+
+
 class Overtaken(redis.asyncio.Redis):
     """A client after each of whose first readings, but those at one moment, somebody commits."""
 
@@ -706,66 +729,49 @@ class Overtaken(redis.asyncio.Redis):
     [
         (0, 1),
         (1, 2),  # the second look finds what it was told
-        (10_000, 5 + 2),  # no look does: all at one moment, which first must know the symbols
+        (10_000, _LOOKS + 2),  # no look does: all at one moment, which first must know the symbols
     ],
 )
 def test_a_snapshot_is_of_one_commit_however_many_come_meanwhile(
     server: RedisServer, commits: int, moments: int
 ) -> None:
-    symbols = [f"S{n:02d}USDT" for n in range(40)]
-
     async def play() -> None:
-        bus = Bus(server.url, server.url, KEYS, ("market.tick",))
-        await bus.connect()
-        await bus.acquire(start="oldest", on_gap="fail", owner="test")
-        meta = {"policy": "p", "frozen": json.dumps({"inputs": ["market.tick"]})}
-
-        async def commit() -> None:
-            number = b"%d" % (bus.seq + 1)
-            cells = {symbol: {"open": number} for symbol in symbols}
-            await bus.commit(Commit([], cells, {}, {}, 0), meta=meta)
-
-        try:
-            async with Overtaken.from_url(server.url) as link:
-                assert await take_snapshot(link, KEYS) is None
-                await commit()
-                await link.hset(KEYS.meta, "warming", "1")
-                assert await take_snapshot(link, KEYS) is None
-                await link.hset(KEYS.meta, "warming", "")
-                link.commit, link.commits, link.moments = commit, commits, 0
-                found = await take_snapshot(link, KEYS)
-        finally:
-            await bus.close()
+        async with owning(server) as commit, Overtaken.from_url(server.url) as link:
+            assert await take_snapshot(link, KEYS) is None
+            await commit()
+            await link.hset(KEYS.meta, "warming", "1")
+            assert await take_snapshot(link, KEYS) is None
+            await link.hset(KEYS.meta, "warming", "")
+            link.commit, link.commits, link.moments = commit, commits, 0
+            found = await take_snapshot(link, KEYS)
         assert found is not None
         number = b"%d" % json.loads(found.meta["cursors"])["seq"]
-        assert found.cells == {symbol: {"open": number} for symbol in symbols}
+        assert found.cells == {symbol: {"open": number} for symbol in MANY}
         assert link.moments == moments
 
     asyncio.run(play())
 
 
 def test_a_state_that_vanishes_while_it_is_read_is_none(server: RedisServer) -> None:
+    """In the last look: what is then read all at once must be asked again whether it is whole."""
+
     async def play() -> None:
-        bus = Bus(server.url, server.url, KEYS, ("market.tick",))
-        await bus.connect()
-        await bus.acquire(start="oldest", on_gap="fail", owner="test")
-        meta = {"policy": "p", "frozen": json.dumps({"inputs": ["market.tick"]})}
+        async with owning(server) as commit, Overtaken.from_url(server.url) as link:
 
-        async def commit_or_flush() -> None:
-            if link.commits == 0:
-                with redis.Redis.from_url(server.url) as operator:
-                    operator.flushall()
-            else:
-                await bus.commit(Commit([], {"A": {"open": b"1"}}, {}, {}, 0), meta=meta)
+            async def commit_or_flush() -> None:
+                if link.commits % len(MANY_LOOK):
+                    return
+                if link.commits == 0:
+                    with redis.Redis.from_url(server.url) as operator:
+                        operator.flushall()
+                else:
+                    await commit()
 
-        try:
-            async with Overtaken.from_url(server.url) as link:
-                link.commit = commit_or_flush
-                await bus.commit(Commit([], {"A": {"open": b"1"}}, {}, {}, 0), meta=meta)
-                link.commits = 5
-                assert await take_snapshot(link, KEYS) is None
-        finally:
-            await bus.close()
+            await commit()
+            link.commit, link.commits = commit_or_flush, _LOOKS * len(MANY_LOOK)
+            assert await take_snapshot(link, KEYS) is None
+            assert link.commits == 0
+            assert link.moments == _LOOKS + 1
 
     asyncio.run(play())
 
